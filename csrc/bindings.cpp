@@ -1,0 +1,185 @@
+// The Python module `sparse_stgcn._native`: addresses, sizes and strides in, nothing of torch. The only file that knows
+// pybind11. Callers (kernels/*.py) have checked shapes and types; the GIL is released while a kernel runs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "cpu/table.h"
+
+namespace py = pybind11;
+using namespace sparse_stgcn;
+
+namespace {
+
+using Address = uintptr_t;
+using Sizes = std::vector<int64_t>;
+
+// (O, I, K, bo, bi, blocks) and the addresses of row_ptr, input, tap.
+Pattern pattern(const Sizes& size, const std::array<Address, 3>& index) {
+  return {size[0], size[1], size[2], size[3], size[4], (size[0] + size[3] - 1) / size[3], size[5],
+          (const int32_t*)index[0], (const int32_t*)index[1], (const int32_t*)index[2]};
+}
+
+template <class S>
+View<const S> view(Address data, const Sizes& stride) {
+  return {(const S*)data, {stride[0], stride[1], stride[2], stride[3]}};
+}
+
+TemporalShape temporal_shape(const Sizes& size) { return {size[0], size[1], size[2], size[3], size[4], size[5]}; }
+
+template <class S>
+Lasso<S> lasso(Address masked, Address values, double scale) {
+  return {(const uint8_t*)masked, (const S*)values, (S)scale};
+}
+
+// Calls body with the table of float or double.
+template <class F>
+void typed(bool is_double, F body) {
+  py::gil_scoped_release release;
+  if (is_double) body(table().f64, double{});
+  else body(table().f32, float{});
+}
+
+// Owns what a FusedNetwork points to. Built by runtime.py from plain dicts: sizes by name, arrays as buffers.
+class Fused {
+ public:
+  Fused(const py::dict& sizes, const py::buffer& scale, const py::buffer& shift, const py::list& steps) {
+    net_.joints = size(sizes, "joints"), net_.channels = size(sizes, "channels"), net_.frames = size(sizes, "frames");
+    net_.input = size(sizes, "input"), net_.input_ld = size(sizes, "input_ld"), net_.features = size(sizes, "features");
+    net_.arena = size(sizes, "arena"), net_.persons = size(sizes, "persons");
+    net_.scale = keep<float>(scale), net_.shift = keep<float>(shift);
+    for (const auto& item : steps) {
+      const auto d = item.cast<py::dict>();
+      FusedStep s;
+      s.kind = size(d, "kind"), s.src = size(d, "src"), s.src_ld = size(d, "src_ld"), s.src_frames = size(d, "src_frames");
+      s.dst = size(d, "dst"), s.dst_ld = size(d, "dst_ld"), s.frames = size(d, "frames"), s.lead = size(d, "lead");
+      s.trail = size(d, "trail"), s.rows = size(d, "rows"), s.bo = size(d, "bo"), s.relu = size(d, "relu");
+      s.residual = d.contains("residual") ? size(d, "residual") : -1, s.residual_ld = size(d, "residual_ld");
+      s.subsets = size(d, "subsets"), s.scratch = size(d, "scratch"), s.scratch_ld = size(d, "scratch_ld");
+      s.tile = size(d, "tile"), s.planes = size(d, "planes"), s.plane_ld = size(d, "plane_ld"), s.bias_ld = size(d, "bias_ld");
+      s.row_ptr = array<int32_t>(d, "row_ptr"), s.offset = array<int32_t>(d, "offset"), s.weight = array<float>(d, "weight");
+      s.bias = array<float>(d, "bias"), s.made_subset = array<int32_t>(d, "made_subset", &s.made);
+      s.made_input = array<int32_t>(d, "made_input"), s.ptr = array<int32_t>(d, "ptr");
+      s.source = array<int32_t>(d, "source", &s.entries), s.coef = array<float>(d, "coef");
+      s.groups = s.bo > 0 ? (s.rows + s.bo - 1) / s.bo : 0;
+      steps_.push_back(s);
+    }
+    net_.steps = steps_.data(), net_.num_steps = (int64_t)steps_.size();
+  }
+
+  void run(int64_t batch, int64_t persons, Address x, const std::array<int64_t, 5>& stride, Address features, int threads) const {
+    py::gil_scoped_release release;
+    table().fused_run(net_, batch, persons, (const float*)x, stride.data(), (float*)features, threads);
+  }
+
+ private:
+  static int64_t size(const py::dict& d, const char* name) { return d.contains(name) ? d[name].cast<int64_t>() : 0; }
+  template <class T>
+  const T* keep(const py::buffer& buffer, int64_t* count = nullptr) {
+    const py::buffer_info info = buffer.request();
+    if (info.itemsize != (py::ssize_t)sizeof(T)) throw std::invalid_argument("Expected 4-byte elements in an array of a fused step.");
+    const size_t bytes = (size_t)info.size * sizeof(T);
+    auto& block = kept_.emplace_back(new char[bytes + 64]);
+    if (bytes) std::memcpy(block.get(), info.ptr, bytes);
+    if (count) *count = info.size;
+    return (const T*)block.get();
+  }
+  template <class T>
+  const T* array(const py::dict& d, const char* name, int64_t* count = nullptr) {
+    return d.contains(name) ? keep<T>(d[name].cast<py::buffer>(), count) : nullptr;
+  }
+  std::vector<std::unique_ptr<char[]>> kept_;
+  std::vector<FusedStep> steps_;
+  FusedNetwork net_;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native CPU kernels of sparse_stgcn";
+  m.def("isa", [] { return table().name; });
+  m.def("set_parallel_for", [](Address f) { torch_parallel_for = (ParallelFor)f; });
+
+  m.def("temporal_forward", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index, Address x,
+                               const Sizes& x_stride, Address values, Address bias, Address y, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.temporal_forward(temporal_shape(shape), pattern(size, index), view<S>(x, x_stride), (const S*)values, (const S*)bias,
+                           (S*)y, threads);
+    });
+  });
+  m.def("temporal_dx", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index, Address dy,
+                          const Sizes& dy_stride, Address values, Address dx, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.temporal_dx(temporal_shape(shape), pattern(size, index), view<S>(dy, dy_stride), (const S*)values, (S*)dx, threads);
+    });
+  });
+  m.def("temporal_dw", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index, Address x,
+                          const Sizes& x_stride, Address dy, const Sizes& dy_stride, Address masked, Address values, double scale,
+                          Address dw, Address dbias, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.temporal_dw(temporal_shape(shape), pattern(size, index), view<S>(x, x_stride), view<S>(dy, dy_stride),
+                      lasso<S>(masked, values, scale), (S*)dw, (S*)dbias, threads);
+    });
+  });
+
+  // Graph convolution: shape = (N, T, V, K, entries); adjacency = addresses of ptr, src.
+  m.def("graph_forward", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
+                            const std::array<Address, 2>& adjacency, Address x, const Sizes& x_stride, Address values, Address coef,
+                            Address bias_map, Address y, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      const Adjacency a{shape[3], shape[2], shape[4], (const int32_t*)adjacency[0], (const int32_t*)adjacency[1]};
+      ops.graph_forward(shape[0], shape[1], pattern(size, index), a, view<S>(x, x_stride), (const S*)values, (const S*)coef,
+                        (const S*)bias_map, (S*)y, threads);
+    });
+  });
+  m.def("graph_dx", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
+                       const std::array<Address, 2>& adjacency, Address x, const Sizes& x_stride, Address dy, const Sizes& dy_stride,
+                       Address values, Address coef, Address dx, Address dcoef, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      const Adjacency a{shape[3], shape[2], shape[4], (const int32_t*)adjacency[0], (const int32_t*)adjacency[1]};
+      ops.graph_dx(shape[0], shape[1], pattern(size, index), a, view<S>(x, x_stride), view<S>(dy, dy_stride), (const S*)values,
+                   (const S*)coef, (S*)dx, (S*)dcoef, threads);
+    });
+  });
+  m.def("graph_dw", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
+                       const std::array<Address, 2>& adjacency, Address x, const Sizes& x_stride, Address dy, const Sizes& dy_stride,
+                       Address coef, Address masked, Address values, double scale, Address dw, Address dbias_map, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      const Adjacency a{shape[3], shape[2], shape[4], (const int32_t*)adjacency[0], (const int32_t*)adjacency[1]};
+      ops.graph_dw(shape[0], shape[1], pattern(size, index), a, view<S>(x, x_stride), view<S>(dy, dy_stride), (const S*)coef,
+                   lasso<S>(masked, values, scale), (S*)dw, (S*)dbias_map, threads);
+    });
+  });
+
+  py::class_<Fused>(m, "Fused")
+      .def(py::init<const py::dict&, const py::buffer&, const py::buffer&, const py::list&>())
+      .def("run", &Fused::run);
+
+  m.def("lasso_square", [](bool is_double, const std::array<int64_t, 3>& size, Address w, const std::array<int64_t, 3>& stride,
+                           Address kept) {
+    double square = 0;
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      square = ops.lasso_square(size[0], size[1], size[2], (const S*)w, stride.data(), (const uint8_t*)kept);
+    });
+    return square;
+  });
+  m.def("lasso_gradient", [](bool is_double, const std::array<int64_t, 3>& size, Address w, const std::array<int64_t, 3>& stride,
+                             Address kept, double scale, Address gradient) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.lasso_gradient(size[0], size[1], size[2], (const S*)w, stride.data(), (const uint8_t*)kept, (S)scale, (S*)gradient);
+    });
+  });
+}

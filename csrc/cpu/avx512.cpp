@@ -1,0 +1,26 @@
+// AVX-512: 32 registers of 64 bytes.
+#if defined(__x86_64__)
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include <immintrin.h>
+
+#include "table.h"
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2")
+#define VECTOR_BYTES 64
+#define MAX_ROWS 8
+
+namespace sparse_stgcn {
+namespace {
+#include "isa.inl"
+}  // namespace
+
+const Table& avx512_table() {
+  static const Table table{"avx512", ops<float>(), ops<double>(), fused_run};
+  return table;
+}
+}  // namespace sparse_stgcn
+#endif

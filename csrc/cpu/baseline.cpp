@@ -1,0 +1,21 @@
+// What every x86-64 (SSE2) and aarch64 (NEON) processor has: 16-byte vectors.
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "table.h"
+
+#define VECTOR_BYTES 16
+#define MAX_ROWS 4
+
+namespace sparse_stgcn {
+namespace {
+#include "isa.inl"
+}  // namespace
+
+const Table& baseline_table() {
+  static const Table table{"baseline", ops<float>(), ops<double>(), fused_run};
+  return table;
+}
+}  // namespace sparse_stgcn

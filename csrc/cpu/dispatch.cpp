@@ -1,0 +1,34 @@
+// Which instruction set: chosen once, at the first call.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "table.h"
+
+namespace sparse_stgcn {
+
+ParallelFor torch_parallel_for = nullptr;
+
+namespace {
+const Table& choose() {
+  const char* wanted = std::getenv("SPARSE_STGCN_ISA");
+  const std::string name = wanted ? wanted : "";
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && (name.empty() || name == "avx512")) return avx512_table();
+  if (avx2 && (name.empty() || name == "avx2")) return avx2_table();
+#endif
+  if (name.empty() || name == "baseline") return baseline_table();
+  throw std::invalid_argument("Expected SPARSE_STGCN_ISA to be avx512, avx2 or baseline, and one that this processor has. Got " +
+                              name + "; unset it to let the best one be chosen.");
+}
+}  // namespace
+
+const Table& table() {
+  static const Table& chosen = choose();
+  return chosen;
+}
+
+}  // namespace sparse_stgcn

@@ -1,0 +1,178 @@
+// Runs a FusedNetwork. One person is one task: its activations stay in the L2 of one core from the first block to the last.
+// Rows end in slack, so a tile may write whole vectors past the last pixel; what lands in the zero frames of a row is cleared.
+
+// One block row over [0, pixels). start(row, first pixel of the tile, vector) is the first value of an accumulator,
+// finish(row, pixel, sum) what is stored.
+template <class Start, class Finish>
+INLINE void fused_row(const float* x, Entries<float> e, int64_t rows, int64_t pixels, float* y, int64_t ldy, Start start,
+                      Finish finish) {
+  row_pieces(rows, [&](auto r, int64_t o) __attribute__((always_inline)) {
+    constexpr int R = decltype(r)::value;
+    const Entries<float> piece{e.offset, e.weight + o, e.n, e.bo};
+    vector_pieces<tile_vectors<R>>(ceil_div(pixels, lanes<float>), [&](auto n, int64_t v) __attribute__((always_inline)) {
+      constexpr int N = decltype(n)::value;
+      const int64_t p = v * lanes<float>;
+      gather_tile<float, R, N>(
+          x + p, piece, [&](int j, int i) __attribute__((always_inline)) { return start(o + j, p, i); },
+          [&](int j, int i, Vec<float> sum) __attribute__((always_inline)) {
+            const int64_t at = p + i * lanes<float>;
+            store(y + (o + j) * ldy + at, finish(o + j, at, sum));
+          });
+    });
+  });
+}
+
+INLINE Vec<float> relu(Vec<float> v) { return v > Vec<float>{} ? v : Vec<float>{}; }
+
+INLINE Entries<float> fused_entries(const FusedStep& s, int64_t g) {
+  const int64_t first = s.row_ptr[g];
+  return {s.offset + first, s.weight + first * s.bo, s.row_ptr[g + 1] - first, s.bo};
+}
+
+INLINE void clear_halo(const FusedStep& s, int64_t V, float* arena) {
+  if (!s.lead && !s.trail) return;
+  for (int64_t o = 0; o < s.rows; o++) {
+    float* row = arena + s.dst + o * s.dst_ld;
+    std::memset(row - s.lead * V, 0, s.lead * V * sizeof(float));
+    std::memset(row + s.frames * V, 0, s.trail * V * sizeof(float));
+  }
+}
+
+// Pixels that all block rows sweep before the next ones: what they read of the arena stays near.
+constexpr int64_t fused_sweep = 6 * tile_vectors<MAX_ROWS> * lanes<float>;
+
+INLINE void fused_conv(const FusedStep& s, int64_t V, float* arena) {
+  const int64_t pixels = s.frames * V, groups = s.groups;
+  for (int64_t at = 0; at < pixels; at += fused_sweep)
+    for (int64_t g = 0; g < groups; g++) {
+      const int64_t first = g * s.bo, rows = min64(s.bo, s.rows - first);
+      const float* bias = s.bias + first;
+      float* y = arena + s.dst + first * s.dst_ld + at;
+      const float* res = arena + s.residual + first * s.residual_ld + at;
+      auto start = [&](int64_t o, int64_t, int) __attribute__((always_inline)) { return splat<float>(bias[o]); };
+      const int64_t n = min64(fused_sweep, pixels - at);
+      if (s.residual >= 0)
+        fused_row(arena + at, fused_entries(s, g), rows, n, y, s.dst_ld, start,
+                  [&](int64_t o, int64_t p, Vec<float> sum) __attribute__((always_inline)) {
+                    return relu(sum + load(res + o * s.residual_ld + p));
+                  });
+      else if (s.relu)
+        fused_row(arena + at, fused_entries(s, g), rows, n, y, s.dst_ld, start,
+                  [&](int64_t, int64_t, Vec<float> sum) __attribute__((always_inline)) { return relu(sum); });
+      else
+        fused_row(arena + at, fused_entries(s, g), rows, n, y, s.dst_ld, start,
+                  [&](int64_t, int64_t, Vec<float> sum) __attribute__((always_inline)) { return sum; });
+    }
+  clear_halo(s, V, arena);
+}
+
+INLINE void fused_graph(const FusedStep& s, int64_t V, const AdjacencyTable<float>& adjacency, float* arena) {
+  const int64_t groups = s.groups;
+  for (int64_t t0 = 0; t0 < s.frames; t0 += s.tile) {
+    const int64_t frames = min64(s.tile, s.frames - t0);
+    for (int64_t z = 0; z < s.made; z++)
+      adjacency.apply(s.made_subset[z], arena + s.src + s.made_input[z] * s.src_ld + t0 * V, frames,
+                      arena + s.scratch + z * s.scratch_ld);
+    for (int64_t g = 0; g < groups; g++) {
+      const int64_t first = g * s.bo, rows = min64(s.bo, s.rows - first);
+      const float* bias = s.bias + first * s.bias_ld;
+      fused_row(arena + s.scratch, fused_entries(s, g), rows, frames * V, arena + s.dst + first * s.dst_ld + t0 * V, s.dst_ld,
+                [&](int64_t o, int64_t p, int i) __attribute__((always_inline)) { return load(bias + o * s.bias_ld + p % V + i * lanes<float>); },
+                [&](int64_t, int64_t, Vec<float> sum) __attribute__((always_inline)) { return relu(sum); });
+    }
+  }
+  clear_halo(s, V, arena);
+}
+
+INLINE void fused_split(const FusedStep& s, int64_t V, float* arena) {
+  for (int64_t r = 0; r < s.rows; r++)
+    for (int64_t q = 0; q < s.planes; q++) {
+      float* to = arena + s.dst + r * s.dst_ld + q * s.plane_ld;
+      int64_t t = q;
+      for (; t < s.src_frames; t += s.planes, to += V)
+        std::memcpy(to, arena + s.src + r * s.src_ld + t * V, V * sizeof(float));
+      std::memset(to, 0, (arena + s.dst + r * s.dst_ld + q * s.plane_ld + s.frames * V - to) * sizeof(float));
+    }
+}
+
+INLINE void fused_pool(const FusedStep& s, int64_t V, const float* arena, float* features) {
+  const int64_t pixels = s.src_frames * V, whole = pixels / lanes<float> * lanes<float>;
+  for (int64_t r = 0; r < s.rows; r++) {
+    const float* row = arena + s.src + r * s.src_ld;
+    Vec<float> sum[4] = {};
+    int64_t p = 0;
+    for (; p + 4 * lanes<float> <= whole; p += 4 * lanes<float>)
+      UNROLL for (int i = 0; i < 4; i++) sum[i] += load(row + p + i * lanes<float>);
+    for (; p < whole; p += lanes<float>) sum[0] += load(row + p);
+    float total = sum_lanes<float>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    for (; p < pixels; p++) total += row[p];
+    features[r] = total / (float)pixels;
+  }
+}
+
+inline void fused_person(const FusedNetwork& net, const AdjacencyTable<float>* tables, const float* x, const int64_t stride[3],
+                         int64_t person, float* arena, float* features) {
+  const int64_t T = net.frames, V = net.joints, C = net.channels;
+  const float* scale = net.scale + person % net.persons * V * C;
+  const float* shift = net.shift + person % net.persons * V * C;
+  for (int64_t c = 0; c < C; c++) {
+    float* to = arena + net.input + c * net.input_ld;
+    for (int64_t t = 0; t < T; t++)
+      for (int64_t v = 0; v < V; v++)
+        to[t * V + v] = x[t * stride[0] + v * stride[1] + c * stride[2]] * scale[v * C + c] + shift[v * C + c];
+  }
+  for (int64_t j = 0; j < net.num_steps; j++) {
+    const FusedStep& s = net.steps[j];
+    if (s.kind == FusedStep::kGraph) fused_graph(s, V, *tables++, arena);
+    else if (s.kind == FusedStep::kConv) fused_conv(s, V, arena);
+    else if (s.kind == FusedStep::kSplit) fused_split(s, V, arena);
+    else fused_pool(s, V, arena, features);
+  }
+}
+
+// Whether a person is nothing but zeros.
+INLINE bool absent(const float* x, const int64_t stride[3], int64_t T, int64_t V, int64_t C) {
+  for (int64_t t = 0; t < T; t++)
+    for (int64_t v = 0; v < V; v++)
+      for (int64_t c = 0; c < C; c++)
+        if (x[t * stride[0] + v * stride[1] + c * stride[2]] != 0) return false;
+  return true;
+}
+
+// x (batch, persons, T, V, C) with strides; features (batch * persons, net.features).
+// The features of an absent person are a constant of the network: they are computed once and copied.
+inline void fused_run(const FusedNetwork& net, int64_t batch, int64_t persons, const float* x, const int64_t stride[5],
+                      float* features, int threads) {
+  const int64_t total = batch * persons;
+  size_t room = Scratch::room<AdjacencyTable<float>>(net.num_steps) + 2 * Scratch::room<int64_t>(total) + Scratch::room<int64_t>(persons);
+  for (int64_t j = 0; j < net.num_steps; j++)
+    if (net.steps[j].kind == FusedStep::kGraph)
+      room += AdjacencyTable<float>::room({net.steps[j].subsets, net.joints, net.steps[j].entries, nullptr, nullptr});
+  call_scratch.reserve(room);
+  auto* tables = call_scratch.take<AdjacencyTable<float>>(net.num_steps);
+  int64_t *todo = call_scratch.take<int64_t>(total), *copy_of = call_scratch.take<int64_t>(total);
+  int64_t *first_absent = call_scratch.take<int64_t>(persons), graphs = 0, count = 0;
+  for (int64_t j = 0; j < net.num_steps; j++) {
+    const FusedStep& s = net.steps[j];
+    if (s.kind != FusedStep::kGraph) continue;
+    new (&tables[graphs++]) AdjacencyTable<float>({s.subsets, net.joints, s.entries, s.ptr, s.source}, s.coef, false, call_scratch);
+  }
+  for (int64_t m = 0; m < persons; m++) first_absent[m] = -1;
+  auto person = [&](int64_t i) { return x + i / persons * stride[0] + i % persons * stride[1]; };
+  for (int64_t i = 0; i < total; i++) {
+    copy_of[i] = -1;
+    int64_t& first = first_absent[net.persons == 1 ? 0 : i % persons];
+    if (absent(person(i), stride + 2, net.frames, net.joints, net.channels)) {
+      copy_of[i] = first;
+      if (first < 0) first = i;
+    }
+    if (copy_of[i] < 0) todo[count++] = i;
+  }
+  parallel(count, threads, [&](int64_t task) {
+    const int64_t i = todo[task];
+    task_scratch.reserve(Scratch::room<float>(net.arena));
+    fused_person(net, tables, person(i), stride + 2, i % persons, task_scratch.take<float>(net.arena), features + i * net.features);
+  });
+  for (int64_t i = 0; i < total; i++)
+    if (copy_of[i] >= 0) std::memcpy(features + i * net.features, features + copy_of[i] * net.features, net.features * sizeof(float));
+}

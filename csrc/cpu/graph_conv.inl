@@ -1,0 +1,173 @@
+// graph_conv with a shared sparse adjacency: Y[n,o,t,w] = B[o,w] + sum over live (o,i,k) of W[o,i,k] Z_k[n,i,t,w],
+// Z_k[n,i,t,w] = sum over entries (k,v,w) of A_k[v,w] X[n,i,t,v]; B[o,w] = sum over k, v of A_k[v,w] b_k[o] comes ready.
+//
+// The adjacency goes first: sum_k (W_k X) A_k = sum_k W_k (X A_k). Only rows (i, k) that a live block reads are made, the
+// sum over k stays in registers, and neither W_k X nor Z ever exists as a whole tensor.
+// Backward: dZ = W^T dY by scatter into the same panel, dX_i = sum_k dZ_k,i A_k^T, dA_k[v,w] = sum X[v] dZ_k[w].
+
+struct GraphPlan {
+  int64_t frames, tiles, ld, zrows;
+  int32_t* row;  // (I, K) -> row of the panel, or -1
+
+  template <class S>
+  static GraphPlan make(int64_t N, int64_t T, int64_t V, const Pattern& p, int threads, int32_t* row) {
+    GraphPlan r;
+    r.row = row;
+    for (int64_t j = 0; j < p.I * p.K; j++) row[j] = -1;
+    for (int64_t b = 0; b < p.blocks; b++)
+      for (int64_t i = p.input[b] * p.bi; i < min64(p.I, (p.input[b] + 1) * p.bi); i++) row[i * p.K + p.tap[b]] = 0;
+    r.zrows = 0;
+    for (int64_t j = 0; j < p.I * p.K; j++)
+      if (row[j] == 0) row[j] = (int32_t)r.zrows++;
+    r.frames = tile_frames(T, max64(r.zrows, 1), V, sizeof(S), N, threads);
+    r.tiles = ceil_div(T, r.frames);
+    r.ld = row_length<S>(r.frames * V);
+    return r;
+  }
+  void offsets(const Pattern& p, int32_t* offset) const {  // the ragged edge reads row zrows, which is all zeros
+    for (int64_t b = 0; b < p.blocks; b++)
+      for (int64_t j = 0; j < p.bi; j++) {
+        const int64_t i = p.input[b] * p.bi + j;
+        *offset++ = (int32_t)((i < p.I ? row[i * p.K + p.tap[b]] : zrows) * ld);
+      }
+  }
+  int64_t panel_size() const { return (zrows + 1) * ld; }
+};
+
+template <class S>
+void pack_graph_panel(const GraphPlan& plan, int64_t T, const Pattern& p, const AdjacencyTable<S>& adjacency,
+                      const View<const S>& x, int64_t n, int64_t t0, int64_t frames, S* input, S* panel) {
+  const int64_t V = adjacency.V;
+  for (int64_t i = 0; i < p.I; i++) {
+    bool packed = false;
+    for (int64_t k = 0; k < p.K; k++) {
+      const int32_t r = plan.row[i * p.K + k];
+      if (r < 0) continue;
+      if (!packed) pack_rows(x, n, i, 1, T, V, t0, frames, input, plan.ld), packed = true;
+      S* z = panel + r * plan.ld;
+      adjacency.apply(k, input, frames, z);
+      std::memset(z + frames * V, 0, (plan.ld - frames * V) * sizeof(S));
+    }
+  }
+  std::memset(panel + plan.zrows * plan.ld, 0, plan.ld * sizeof(S));
+}
+
+template <class S>
+void graph_forward(int64_t N, int64_t T, const Pattern& p, const Adjacency& a, View<const S> x, const S* values,
+                   const S* coef, const S* bias_map, S* y, int threads) {
+  const int64_t V = a.V;
+  call_scratch.reserve(Scratch::room<int32_t>(p.I * p.K) + Scratch::room<int32_t>(p.blocks * p.bi) +
+                       AdjacencyTable<S>::room(a));
+  int32_t* row = call_scratch.take<int32_t>(p.I * p.K);
+  int32_t* offset = call_scratch.take<int32_t>(p.blocks * p.bi);
+  const AdjacencyTable<S> adjacency(a, coef, false, call_scratch);
+  const auto plan = GraphPlan::make<S>(N, T, V, p, threads, row);
+  plan.offsets(p, offset);
+  parallel(N * plan.tiles, threads, [&](int64_t task) {
+    const int64_t n = task / plan.tiles, t0 = task % plan.tiles * plan.frames, frames = min64(plan.frames, T - t0);
+    task_scratch.reserve(Scratch::room<S>(plan.panel_size()) + Scratch::room<S>(plan.ld));
+    S* panel = task_scratch.take<S>(plan.panel_size());
+    S* input = task_scratch.take<S>(plan.ld);
+    pack_graph_panel(plan, T, p, adjacency, x, n, t0, frames, input, panel);
+    S* out = y + n * p.O * T * V + t0 * V;
+    for (int64_t g = 0; g < p.rows; g++)
+      gather_row(panel, block_row(p, g, offset, values), live_rows(p, g), (const S*)nullptr, out + g * p.bo * T * V, T * V,
+                 frames * V);
+    if (bias_map)
+      for (int64_t o = 0; o < p.O; o++)
+        for (int64_t t = 0; t < frames; t++)
+          for (int64_t v = 0; v < V; v++) out[(o * T + t) * V + v] += bias_map[o * V + v];
+  });
+}
+
+template <class S>
+void graph_dx(int64_t N, int64_t T, const Pattern& p, const Adjacency& a, View<const S> x, View<const S> dy,
+              const S* values, const S* coef, S* dx, S* dcoef, int threads) {
+  const int64_t V = a.V;
+  call_scratch.reserve(Scratch::room<int32_t>(p.I * p.K) + Scratch::room<int32_t>(p.blocks * p.bi) +
+                       2 * AdjacencyTable<S>::room(a) + Scratch::room<S>(max_chunks * AdjacencyTable<S>::sums(a)));
+  int32_t* row = call_scratch.take<int32_t>(p.I * p.K);
+  int32_t* offset = call_scratch.take<int32_t>(p.blocks * p.bi);
+  const AdjacencyTable<S> forward(a, coef, false, call_scratch), transposed(a, coef, true, call_scratch);
+  const int64_t sums = AdjacencyTable<S>::sums(a);
+  S* partial = call_scratch.take<S>(max_chunks * sums);
+  const auto plan = GraphPlan::make<S>(N, T, V, p, 1, row);  // dA is a sum over tiles: they must not depend on threads
+  plan.offsets(p, offset);
+  const int64_t tasks = N * plan.tiles, chunks = min64(max_chunks, max64(tasks, 1));
+  parallel(chunks, threads, [&](int64_t chunk) {
+    S* sum = partial + chunk * sums;
+    std::memset(sum, 0, sums * sizeof(S));
+    task_scratch.reserve(Scratch::room<S>(plan.panel_size()) + Scratch::room<S>(p.bo * plan.ld) + 2 * Scratch::room<S>(plan.ld));
+    S* panel = task_scratch.take<S>(plan.panel_size());
+    S* rows = task_scratch.take<S>(p.bo * plan.ld);
+    S* input = task_scratch.take<S>(plan.ld);
+    S* output = task_scratch.take<S>(plan.ld);
+    for (int64_t task = chunk * tasks / chunks; task < (chunk + 1) * tasks / chunks; task++) {
+      const int64_t n = task / plan.tiles, t0 = task % plan.tiles * plan.frames, frames = min64(plan.frames, T - t0);
+      std::memset(panel, 0, plan.panel_size() * sizeof(S));
+      for (int64_t g = 0; g < p.rows; g++) {
+        pack_rows(dy, n, g * p.bo, live_rows(p, g), T, V, t0, frames, rows, plan.ld);
+        scatter_row(panel, block_row(p, g, offset, values), live_rows(p, g), rows, plan.ld, frames * V);
+      }
+      for (int64_t i = 0; i < p.I; i++) {
+        std::memset(output, 0, frames * V * sizeof(S));
+        if (dcoef) pack_rows(x, n, i, 1, T, V, t0, frames, input, plan.ld);
+        for (int64_t k = 0; k < p.K; k++) {
+          const int32_t r = plan.row[i * p.K + k];
+          if (r < 0) continue;
+          S* dz = panel + r * plan.ld;
+          transposed.add(k, dz, frames, output);
+          if (dcoef) forward.correlate(k, input, dz, frames, sum);
+        }
+        std::memcpy(dx + ((n * p.I + i) * T + t0) * V, output, frames * V * sizeof(S));
+      }
+    }
+  });
+  if (!dcoef) return;
+  for (int64_t c = 1; c < chunks; c++)
+    for (int64_t j = 0; j < sums; j++) partial[j] += partial[c * sums + j];
+  forward.collect(a, partial, dcoef);
+}
+
+template <class S>
+void graph_dw(int64_t N, int64_t T, const Pattern& p, const Adjacency& a, View<const S> x, View<const S> dy, const S* coef,
+              const Lasso<S>& lasso, S* dw, S* dbias_map, int threads) {
+  const int64_t V = a.V, entries = p.blocks * p.bi, size = entries * p.bo;
+  call_scratch.reserve(Scratch::room<int32_t>(p.I * p.K) + Scratch::room<int32_t>(entries) + AdjacencyTable<S>::room(a) +
+                       Scratch::room<S>(max_chunks * size) + Scratch::room<S>(max_chunks * p.O * V));
+  int32_t* row = call_scratch.take<int32_t>(p.I * p.K);
+  int32_t* offset = call_scratch.take<int32_t>(entries);
+  const AdjacencyTable<S> adjacency(a, coef, false, call_scratch);
+  S* partial = call_scratch.take<S>(max_chunks * size);
+  S* partial_bias = call_scratch.take<S>(max_chunks * p.O * V);
+  const auto plan = GraphPlan::make<S>(N, T, V, p, 1, row);
+  plan.offsets(p, offset);
+  const int64_t tasks = N * plan.tiles, chunks = min64(max_chunks, max64(tasks, 1));
+  parallel(chunks, threads, [&](int64_t chunk) {
+    S* sum = partial + chunk * size;
+    S* bias = partial_bias + chunk * p.O * V;
+    std::memset(sum, 0, size * sizeof(S));
+    std::memset(bias, 0, p.O * V * sizeof(S));
+    task_scratch.reserve(Scratch::room<S>(plan.panel_size()) + Scratch::room<S>(p.bo * plan.ld) + Scratch::room<S>(plan.ld));
+    S* panel = task_scratch.take<S>(plan.panel_size());
+    S* rows = task_scratch.take<S>(p.bo * plan.ld);
+    S* input = task_scratch.take<S>(plan.ld);
+    for (int64_t task = chunk * tasks / chunks; task < (chunk + 1) * tasks / chunks; task++) {
+      const int64_t n = task / plan.tiles, t0 = task % plan.tiles * plan.frames, frames = min64(plan.frames, T - t0);
+      pack_graph_panel(plan, T, p, adjacency, x, n, t0, frames, input, panel);
+      for (int64_t g = 0; g < p.rows; g++) {
+        const int64_t live = live_rows(p, g), e = p.row_ptr[g] * p.bi;
+        pack_rows(dy, n, g * p.bo, live, T, V, t0, frames, rows, plan.ld);
+        dot_row(panel, offset + e, (p.row_ptr[g + 1] - p.row_ptr[g]) * p.bi, p.bo, live, rows, plan.ld, frames * V,
+                sum + e * p.bo);
+        if (dbias_map)
+          for (int64_t o = 0; o < live; o++)
+            for (int64_t t = 0; t < frames; t++)
+              for (int64_t v = 0; v < V; v++) bias[(g * p.bo + o) * V + v] += rows[o * plan.ld + t * V + v];
+      }
+    }
+    clear_ragged(p, sum);
+  });
+  add_chunks(partial, chunks, p.blocks, p.bi * p.bo, lasso, dw, threads);
+  if (dbias_map) add_chunks(partial_bias, chunks, p.O, V, Lasso<S>{}, dbias_map, 1);
+}

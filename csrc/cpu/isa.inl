@@ -1,0 +1,15 @@
+// The body of one instruction set: included once by each <isa>.cpp, which defines TABLE, NAME and the vector width.
+#include "simd.inl"
+#include "tile.inl"
+#include "panel.inl"
+#include "temporal_conv.inl"
+#include "adjacency.inl"
+#include "graph_conv.inl"
+#include "group_lasso.inl"
+#include "fused.inl"
+
+template <class S>
+constexpr Ops<S> ops() {
+  return {temporal_forward<S>, temporal_dx<S>, temporal_dw<S>, graph_forward<S>,
+          graph_dx<S>,         graph_dw<S>,    lasso_square<S>, lasso_gradient<S>};
+}

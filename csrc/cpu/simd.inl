@@ -1,0 +1,98 @@
+// Vectors of one instruction set. Included by <isa>.cpp inside an anonymous namespace, after `#pragma GCC target`, with
+// VECTOR_BYTES (64, 32 or 16) and MAX_ROWS (rows of a register tile: 8 with 32 registers, 4 with 16) defined.
+//
+// Nothing here may have external linkage: a function compiled for AVX-512 and merged by the linker into the baseline
+// path would crash an older processor.
+
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 32")
+
+template <class S>
+struct Simd;
+#define DEFINE_SIMD(S, BYTES_OF_S)                                                                    \
+  template <>                                                                                         \
+  struct Simd<S> {                                                                                    \
+    typedef S Vec __attribute__((vector_size(VECTOR_BYTES)));                                         \
+    typedef S Loose __attribute__((vector_size(VECTOR_BYTES), aligned(BYTES_OF_S), may_alias));       \
+    static constexpr int lanes = VECTOR_BYTES / BYTES_OF_S;                                           \
+  };
+DEFINE_SIMD(float, 4)
+DEFINE_SIMD(double, 8)
+#undef DEFINE_SIMD
+
+template <class S>
+using Vec = typename Simd<S>::Vec;
+template <class S>
+constexpr int lanes = Simd<S>::lanes;
+
+template <class S>
+INLINE Vec<S> load(const S* p) { return *(const typename Simd<S>::Loose*)p; }
+template <class S>
+INLINE void store(S* p, Vec<S> v) { *(typename Simd<S>::Loose*)p = v; }
+template <class S>
+INLINE Vec<S> splat(S s) { return s - Vec<S>{}; }  // exact, also for -0, and GCC makes it one broadcast
+
+// Keeps a loaded vector in a register: GCC otherwise folds the load into each of its uses, 24 loads instead of 3.
+#if defined(__x86_64__)
+#define KEEP(v) asm("" : "+v"(v))
+#else
+#define KEEP(v) asm("" : "+w"(v))
+#endif
+
+// The sum of all lanes in a fixed tree.
+template <class S>
+INLINE S sum_lanes(Vec<S> v) {
+  S lane[lanes<S>];
+  store(lane, v);
+  UNROLL for (int half = lanes<S> / 2; half > 0; half /= 2)
+    UNROLL for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+  return lane[0];
+}
+#if VECTOR_BYTES == 64
+INLINE float sum_lanes_f32(__m512 v) {
+  __m256 h = _mm256_add_ps(_mm512_castps512_ps256(v), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+template <>
+INLINE float sum_lanes<float>(Vec<float> v) { return sum_lanes_f32((__m512)v); }
+#endif
+
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Memory of one thread, 64-byte aligned, kept between calls; `take` hands out zeroed or raw pieces in order.
+struct Scratch {
+  char* base = nullptr;
+  size_t size = 0, used = 0;
+  ~Scratch() { std::free(base); }
+  void reserve(size_t bytes) {
+    used = 0;
+    if (bytes <= size) return;
+    std::free(base);
+    size = (bytes + 4095) / 4096 * 4096;
+    base = (char*)std::aligned_alloc(4096, size);
+    if (!base) { size = 0; throw std::bad_alloc(); }
+  }
+  template <class T>
+  T* take(int64_t n) {
+    T* p = (T*)(base + used);
+    used += room<T>(n);
+    return p;
+  }
+  template <class T>
+  static size_t room(int64_t n) { return ((size_t)n * sizeof(T) + 63) / 64 * 64; }
+};
+// One for the calling thread's shared tables, one for the work inside a task: a task may run on the calling thread.
+inline thread_local Scratch call_scratch, task_scratch;
+
+template <class F>
+void parallel(int64_t tasks, int threads, F body) {
+  auto run = [](int64_t begin, int64_t end, void* context) {
+    for (int64_t i = begin; i < end; i++) (*(F*)context)(i);
+  };
+  if (torch_parallel_for && threads > 1 && tasks > 1) torch_parallel_for(0, tasks, 1, run, &body);
+  else run(0, tasks, &body);
+}

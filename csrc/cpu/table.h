@@ -1,0 +1,83 @@
+// What every instruction set offers: one table of functions over raw pointers. No torch, no pybind11.
+//
+// Sizes and strides are in elements. S is float or double; a function of the table works on the S it is listed under.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "fused.h"
+
+namespace sparse_stgcn {
+
+// The live blocks of a weight (O, I, K): see kernels/pattern.py.
+struct Pattern {
+  int64_t O, I, K, bo, bi, rows, blocks;
+  const int32_t *row_ptr, *input, *tap;
+};
+
+// A tensor (N, C, T, V) with any strides.
+template <class S>
+struct View {
+  S* data;
+  int64_t stride[4];
+};
+
+struct TemporalShape {
+  int64_t N, T, T_out, V, stride, dilation;
+};
+
+// The entries of a sparse adjacency, sorted by subset k, then target w: entry e adds coef[e] * x[src[e]].
+struct Adjacency {
+  int64_t K, V, entries;
+  const int32_t *ptr, *src;  // ptr: (K * V + 1)
+};
+
+// lambda * W* / norm on masked blocks, added to dW in the pass that makes it: dW[b] += scale * values[b] where masked[b].
+template <class S>
+struct Lasso {
+  const uint8_t* masked;  // one flag a block; nullptr: no term
+  const S* values;
+  S scale;
+};
+
+template <class S>
+struct Ops {
+  void (*temporal_forward)(const TemporalShape&, const Pattern&, View<const S> x, const S* values, const S* bias, S* y,
+                           int threads);
+  void (*temporal_dx)(const TemporalShape&, const Pattern&, View<const S> dy, const S* values, S* dx, int threads);
+  void (*temporal_dw)(const TemporalShape&, const Pattern&, View<const S> x, View<const S> dy, const Lasso<S>&, S* dw,
+                      S* dbias, int threads);
+  void (*graph_forward)(int64_t N, int64_t T, const Pattern&, const Adjacency&, View<const S> x, const S* values,
+                        const S* coef, const S* bias_map, S* y, int threads);
+  void (*graph_dx)(int64_t N, int64_t T, const Pattern&, const Adjacency&, View<const S> x, View<const S> dy,
+                   const S* values, const S* coef, S* dx, S* dcoef, int threads);
+  void (*graph_dw)(int64_t N, int64_t T, const Pattern&, const Adjacency&, View<const S> x, View<const S> dy,
+                   const S* coef, const Lasso<S>&, S* dw, S* dbias_map, int threads);
+  double (*lasso_square)(int64_t O, int64_t I, int64_t K, const S* w, const int64_t stride[3], const uint8_t* kept);
+  void (*lasso_gradient)(int64_t O, int64_t I, int64_t K, const S* w, const int64_t stride[3], const uint8_t* kept,
+                         S scale, S* gradient);
+};
+
+struct Table {
+  const char* name;
+  Ops<float> f32;
+  Ops<double> f64;
+  // x (batch, persons, T, V, C) with any strides -> features (batch * persons, network.features).
+  void (*fused_run)(const FusedNetwork&, int64_t batch, int64_t persons, const float* x, const int64_t stride[5],
+                    float* features, int threads);
+};
+
+const Table& baseline_table();
+#if defined(__x86_64__)
+const Table& avx2_table();
+const Table& avx512_table();
+#endif
+
+// Chosen once: the best set of this processor, or the one that SPARSE_STGCN_ISA names. Throws std::invalid_argument.
+const Table& table();
+
+// The address of torch's C symbol `torch_parallel_for`; without it everything runs on the calling thread.
+using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, void (*)(int64_t, int64_t, void*), void*);
+extern ParallelFor torch_parallel_for;
+
+}  // namespace sparse_stgcn

@@ -1,0 +1,146 @@
+// temporal_conv: Y[n,o,t,v] = b[o] + sum over live (o,i,k) of W[o,i,k] X[n, i, t*stride + (k - (K-1)/2)*dilation, v].
+//
+// x (N, I, T, V) any strides, y (N, O, T_out, V) contiguous, values (blocks, bi, bo). Reference: kernels/reference.py.
+// A task is one tile of output frames of one sample: pack the tile's input with its halo, then let every block row
+// sweep it. dX scatters with the same offsets; frames in the halo are computed twice, so that tiles share nothing.
+
+struct TemporalPlan {
+  int64_t phases, frames, plane_frames, tiles, plane, ld, padding;
+
+  template <class S>
+  static TemporalPlan make(const TemporalShape& s, const Pattern& p, int threads) {
+    TemporalPlan r;
+    r.phases = p.K == 1 ? 1 : s.stride;
+    r.padding = (p.K - 1) / 2 * s.dilation;
+    r.frames = tile_frames(s.T_out, max64(p.I, p.O) * r.phases, s.V, sizeof(S), s.N, threads);
+    r.tiles = ceil_div(s.T_out, r.frames);
+    r.set_frames<S>(r.frames, s, p);
+    return r;
+  }
+  template <class S>
+  void set_frames(int64_t count, const TemporalShape& s, const Pattern& p) {
+    frames = count;
+    plane_frames = count + (p.K - 1) * s.dilation / s.stride;
+    plane = row_length<S>(plane_frames * s.V);
+    ld = phases * plane;
+  }
+  // Offset of every entry; the ragged edge's entries, whose weights are 0, read row I, which is all zeros.
+  void offsets(const TemporalShape& s, const Pattern& p, int32_t* offset) const {
+    for (int64_t b = 0; b < p.blocks; b++) {
+      const int64_t shift = p.tap[b] * s.dilation, at = shift % s.stride * plane + shift / s.stride * s.V;
+      for (int64_t j = 0; j < p.bi; j++) *offset++ = (int32_t)(min64(p.input[b] * p.bi + j, p.I) * ld + at);
+    }
+  }
+  int64_t panel_size(const Pattern& p) const { return (p.I + 1) * ld; }
+};
+
+template <class S>
+void pack_panel(const TemporalPlan& plan, const TemporalShape& s, const Pattern& p, const View<const S>& x, int64_t n,
+                int64_t t0, S* panel) {
+  for (int64_t i = 0; i < p.I; i++)
+    for (int64_t q = 0; q < plan.phases; q++) {
+      S* row = panel + i * plan.ld + q * plan.plane;
+      copy_frames(x, n, i, s.T, s.V, t0 * s.stride + q - plan.padding, s.stride, plan.plane_frames, row);
+      std::memset(row + plan.plane_frames * s.V, 0, (plan.plane - plan.plane_frames * s.V) * sizeof(S));
+    }
+  std::memset(panel + p.I * plan.ld, 0, plan.ld * sizeof(S));
+}
+
+template <class S>
+Entries<S> block_row(const Pattern& p, int64_t g, const int32_t* offset, const S* values) {
+  const int64_t first = p.row_ptr[g] * p.bi;
+  return {offset + first, values + first * p.bo, (p.row_ptr[g + 1] - p.row_ptr[g]) * p.bi, p.bo};
+}
+INLINE int64_t live_rows(const Pattern& p, int64_t g) { return min64(p.bo, p.O - g * p.bo); }
+
+template <class S>
+void temporal_forward(const TemporalShape& s, const Pattern& p, View<const S> x, const S* values, const S* bias, S* y,
+                      int threads) {
+  const auto plan = TemporalPlan::make<S>(s, p, threads);
+  call_scratch.reserve(Scratch::room<int32_t>(p.blocks * p.bi));
+  int32_t* offset = call_scratch.take<int32_t>(p.blocks * p.bi);
+  plan.offsets(s, p, offset);
+  // Pixels that all block rows sweep before the next ones: the columns of the panel that they touch stay in L1 and L2.
+  const int64_t sweep = p.bo >= MAX_ROWS ? 3 * tile_vectors<MAX_ROWS> * lanes<S> : 2 * tile_vectors<1> * lanes<S>;
+  parallel(s.N * plan.tiles, threads, [&](int64_t task) {
+    const int64_t n = task / plan.tiles, t0 = task % plan.tiles * plan.frames;
+    const int64_t pixels = min64(plan.frames, s.T_out - t0) * s.V, ldy = s.T_out * s.V;
+    task_scratch.reserve(Scratch::room<S>(plan.panel_size(p)));
+    S* panel = task_scratch.take<S>(plan.panel_size(p));
+    pack_panel(plan, s, p, x, n, t0, panel);
+    S* out = y + n * p.O * ldy + t0 * s.V;
+    for (int64_t at = 0; at < pixels; at += sweep)
+      for (int64_t g = 0; g < p.rows; g++)
+        gather_row(panel + at, block_row(p, g, offset, values), live_rows(p, g), bias ? bias + g * p.bo : nullptr,
+                   out + g * p.bo * ldy + at, ldy, min64(sweep, pixels - at));
+  });
+}
+
+template <class S>
+void temporal_dx(const TemporalShape& s, const Pattern& p, View<const S> dy, const S* values, S* dx, int threads) {
+  // Tiles of input frames. Tile [a, b) is reached by output frames [first, last); its panel starts at output `first`.
+  TemporalPlan plan = TemporalPlan::make<S>(s, p, threads);
+  const int64_t reach = (p.K - 1) * s.dilation, tile = ceil_div(s.T, plan.tiles);
+  plan.tiles = ceil_div(s.T, tile);
+  plan.set_frames<S>((tile + reach) / s.stride + 2, s, p);
+  call_scratch.reserve(Scratch::room<int32_t>(p.blocks * p.bi));
+  int32_t* offset = call_scratch.take<int32_t>(p.blocks * p.bi);
+  plan.offsets(s, p, offset);
+  const int64_t ldy = row_length<S>(plan.frames * s.V);
+  parallel(s.N * plan.tiles, threads, [&](int64_t task) {
+    const int64_t n = task / plan.tiles, a = task % plan.tiles * tile, b = min64(s.T, a + tile);
+    const int64_t first = max64(0, ceil_div(a + plan.padding - reach, s.stride));
+    const int64_t last = min64(s.T_out, (b - 1 + plan.padding) / s.stride + 1), frames = max64(0, last - first);
+    task_scratch.reserve(Scratch::room<S>(plan.panel_size(p)) + Scratch::room<S>(p.bo * ldy));
+    S* panel = task_scratch.take<S>(plan.panel_size(p));
+    S* rows = task_scratch.take<S>(p.bo * ldy);
+    std::memset(panel, 0, plan.panel_size(p) * sizeof(S));
+    for (int64_t g = 0; g < p.rows && frames; g++) {
+      pack_rows(dy, n, g * p.bo, live_rows(p, g), s.T_out, s.V, first, frames, rows, ldy);
+      scatter_row(panel, block_row(p, g, offset, values), live_rows(p, g), rows, ldy, frames * s.V);
+    }
+    for (int64_t i = 0; i < p.I; i++)
+      for (int64_t t = a; t < b; t++) {
+        const int64_t padded = t + plan.padding - first * s.stride, q = padded % s.stride, at = padded / s.stride;
+        S* to = dx + ((n * p.I + i) * s.T + t) * s.V;
+        if (padded < 0 || q >= plan.phases || at >= plan.plane_frames) std::memset(to, 0, s.V * sizeof(S));
+        else std::memcpy(to, panel + i * plan.ld + q * plan.plane + at * s.V, s.V * sizeof(S));
+      }
+  });
+}
+
+template <class S>
+void temporal_dw(const TemporalShape& s, const Pattern& p, View<const S> x, View<const S> dy, const Lasso<S>& lasso, S* dw,
+                 S* dbias, int threads) {
+  const auto plan = TemporalPlan::make<S>(s, p, 1);  // tiles must not depend on the number of threads
+  const int64_t entries = p.blocks * p.bi, size = entries * p.bo, tasks = s.N * plan.tiles;
+  const int64_t chunks = min64(max_chunks, max64(tasks, 1)), ldy = row_length<S>(plan.frames * s.V);
+  call_scratch.reserve(Scratch::room<int32_t>(entries) + Scratch::room<S>(chunks * size) + Scratch::room<S>(chunks * p.O));
+  int32_t* offset = call_scratch.take<int32_t>(entries);
+  S* partial = call_scratch.take<S>(chunks * size);
+  S* partial_bias = call_scratch.take<S>(chunks * p.O);
+  plan.offsets(s, p, offset);
+  parallel(chunks, threads, [&](int64_t chunk) {
+    S* sum = partial + chunk * size;
+    S* bias = partial_bias + chunk * p.O;
+    std::memset(sum, 0, size * sizeof(S));
+    std::memset(bias, 0, p.O * sizeof(S));
+    task_scratch.reserve(Scratch::room<S>(plan.panel_size(p)) + Scratch::room<S>(p.bo * ldy));
+    S* panel = task_scratch.take<S>(plan.panel_size(p));
+    S* rows = task_scratch.take<S>(p.bo * ldy);
+    for (int64_t task = chunk * tasks / chunks; task < (chunk + 1) * tasks / chunks; task++) {
+      const int64_t n = task / plan.tiles, t0 = task % plan.tiles * plan.frames, frames = min64(plan.frames, s.T_out - t0);
+      pack_panel(plan, s, p, x, n, t0, panel);
+      for (int64_t g = 0; g < p.rows; g++) {
+        pack_rows(dy, n, g * p.bo, live_rows(p, g), s.T_out, s.V, t0, frames, rows, ldy);
+        const int64_t e = p.row_ptr[g] * p.bi;
+        dot_row(panel, offset + e, (p.row_ptr[g + 1] - p.row_ptr[g]) * p.bi, p.bo, live_rows(p, g), rows, ldy, frames * s.V,
+                sum + e * p.bo);
+        for (int64_t o = 0; o < live_rows(p, g); o++) bias[g * p.bo + o] += sum_row(rows + o * ldy, frames * s.V);
+      }
+    }
+    clear_ragged(p, sum);
+  });
+  add_chunks(partial, chunks, p.blocks, p.bi * p.bo, lasso, dw, threads);
+  if (dbias) add_chunks(partial_bias, chunks, p.O, 1, Lasso<S>{}, dbias, 1);
+}

@@ -1,0 +1,11 @@
+"""The core: block-sparse graph and temporal convolutions, and the group lasso. The map is in kernels/README.md."""
+from __future__ import annotations
+
+from ._library import Lasso
+from .dispatch import backends
+from .graph_conv import Support, graph_conv
+from .group_lasso import group_lasso, lasso_terms
+from .pattern import BlockPattern
+from .temporal_conv import temporal_conv
+
+__all__ = ["BlockPattern", "Lasso", "Support", "backends", "graph_conv", "group_lasso", "lasso_terms", "temporal_conv"]

@@ -1,0 +1,84 @@
+"""Which backend runs an op: a pure function of device, dtype and pattern, in one table."""
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from . import _native
+
+BACKENDS = ("reference", "native", "triton", "cuda")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend's name and why it was chosen. ``fallback`` marks a choice that a user did not expect."""
+
+    backend: str
+    reason: str
+    fallback: bool = False
+
+
+def choose(op: str, device: str, dtype: torch.dtype, *, adjacency_dims: int = 3, forced: str | None = None,
+           native_available: bool = True) -> Choice:
+    """The backend for ``op`` ("temporal_conv", "graph_conv", "group_lasso").
+
+    Raises:
+        ValueError: ``forced`` (SPARSE_STGCN_BACKEND) is no backend, or cannot run the op on this device and dtype.
+    """
+    if forced is not None and forced not in BACKENDS:
+        raise ValueError(f"Expected SPARSE_STGCN_BACKEND to be one of {', '.join(BACKENDS)}. Got {forced!r}.")
+    if forced == "reference":
+        return Choice("reference", "forced by SPARSE_STGCN_BACKEND")
+    if device == "cpu":
+        why_not = None
+        if not native_available:
+            why_not = _native.reason
+        elif dtype not in (torch.float32, torch.float64):
+            why_not = f"the native kernels take float32 and float64, not {str(dtype).removeprefix('torch.')}"
+        elif adjacency_dims != 3:
+            why_not = "the native graph_conv takes a shared adjacency (K, V, V)"
+        if why_not is None and forced in (None, "native"):
+            return Choice("native", f"CPU kernel ({_native.isa})")
+        if why_not is None:
+            why_not = f"{forced} does not run on a CPU"
+    else:
+        why_not = f"no {op} kernel for device {device} is enabled"
+    if forced is not None:
+        raise ValueError(f"Expected SPARSE_STGCN_BACKEND={forced} to be able to run {op}. Got: {why_not}; unset it.")
+    return Choice("reference", why_not, fallback=True)
+
+
+_warned: set[str] = set()
+
+
+def backend_for(op: str, device: torch.device, dtype: torch.dtype, adjacency_dims: int = 3) -> str:
+    """choose() for this process; a fallback to the dense reference warns once per reason."""
+    choice = choose(op, device.type, dtype, adjacency_dims=adjacency_dims,
+                    forced=os.environ.get("SPARSE_STGCN_BACKEND") or None, native_available=_native.module is not None)
+    if choice.fallback and choice.reason not in _warned:
+        _warned.add(choice.reason)
+        warnings.warn(f"sparse_stgcn.{op} runs on the dense PyTorch reference: {choice.reason}.", stacklevel=3)
+    return choice.backend
+
+
+def backends() -> dict[str, str]:
+    """Each backend's name with "available ..." or the reason why it is not."""
+    report = {"reference": "available (dense PyTorch, any device and dtype)", "native": _native.reason}
+    try:
+        import triton
+
+        report["triton"] = (f"triton {triton.__version__} is installed, but no GPU is visible to torch"
+                            if not torch.cuda.is_available() else "not enabled for training in this version")
+    except ImportError as error:
+        report["triton"] = f"triton is not installed ({error}); pip install triton"
+    try:
+        from sparse_stgcn import _cuda  # type: ignore[attr-defined]  # noqa: F401
+
+        report["cuda"] = ("built, but no GPU is visible to torch" if not torch.cuda.is_available()
+                          else "not enabled for training in this version")
+    except ImportError as error:
+        report["cuda"] = f"not built ({error}); it builds when nvcc is found"
+    return report
