@@ -1,0 +1,111 @@
+"""AA-GCN (2s-AGCN with attention, Shi et al. 2019), as in PYSKL."""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.dynamic import aa_aggregate
+from ..layers import SparseConv2d, TemporalUnit
+from ..skeleton import Skeleton
+from .base import Backbone, graph_parameter, init_fan_out, shortcut
+
+__all__ = ["AAGCN", "AdaptiveGraphUnit"]
+
+
+class AdaptiveGraphUnit(nn.Module):
+    """ReLU(BN(sum over k of conv_d_k(x (A_k + alpha G_k(x)))) + down(x)), then attention.
+
+    G_k is a graph per sample from the embeddings conv_a_k and conv_b_k, see ``kernels.dynamic.aa_aggregate``.
+    With ``attention`` the output is scaled by 1 + s for joints, then frames, then channels, each s a sigmoid.
+    Shapes: (N, I, T, V) -> (N, O, T, V).
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, adjacency: Tensor, attention: bool = True
+    ) -> None:
+        super().__init__()
+        subsets, joints = adjacency.shape[0], adjacency.shape[1]
+        self.embedded = out_channels // 4
+        conv = lambda width: nn.ModuleList(SparseConv2d(in_channels, width) for _ in range(subsets))
+        self.A = graph_parameter(adjacency)
+        self.alpha = nn.Parameter(torch.zeros(1))
+        self.conv_d, self.conv_a, self.conv_b = conv(out_channels), conv(self.embedded), conv(self.embedded)
+        self.attention = attention
+        if attention:
+            kernel = joints if joints % 2 else joints - 1
+            self.conv_ta = nn.Conv1d(out_channels, 1, 9, padding=4)
+            self.conv_sa = nn.Conv1d(out_channels, 1, kernel, padding=(kernel - 1) // 2)
+            self.fc1c = nn.Linear(out_channels, out_channels // 2)
+            self.fc2c = nn.Linear(out_channels // 2, out_channels)
+        self.down = shortcut(in_channels, out_channels)
+        self.bn = nn.BatchNorm2d(out_channels)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        init_fan_out(self)
+        for parameter in self.conv_d.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, 0, math.sqrt(2 / (parameter.numel() * len(self.conv_d))))
+        nn.init.constant_(self.bn.weight, 1e-6)
+        if self.attention:
+            for layer in (self.conv_ta, self.conv_sa, self.fc1c, self.fc2c):
+                for parameter in layer.parameters():
+                    nn.init.zeros_(parameter)
+            nn.init.xavier_normal_(self.conv_sa.weight)
+            nn.init.kaiming_normal_(self.fc1c.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = None
+        for conv_a, conv_b, conv_d, graph in zip(self.conv_a, self.conv_b, self.conv_d, self.A, strict=True):
+            part = conv_d(aa_aggregate(x, conv_a(x), conv_b(x), self.alpha, graph))
+            y = part if y is None else y + part
+        y = F.relu_(self.bn(y) + self.down(x))
+        return self._attend(y) if self.attention else y
+
+    def _attend(self, y: Tensor) -> Tensor:
+        y = y * (1 + torch.sigmoid(self.conv_sa(y.mean(2)))).unsqueeze(2)
+        y = y * (1 + torch.sigmoid(self.conv_ta(y.mean(3)))).unsqueeze(3)
+        squeezed = torch.sigmoid(self.fc2c(F.relu(self.fc1c(y.mean((2, 3))))))
+        return y * (1 + squeezed)[:, :, None, None]
+
+
+class AAGCN(Backbone):
+    """AA-GCN: trainable graph plus a graph per sample, attention, and 9 x 1 temporal convolutions.
+
+    Args:
+        num_person: persons per sample, M; the input norm has statistics for each.
+        attention: off gives the 3.47 M parameters of the paper, on those of PYSKL's checkpoints.
+        graph, num_subsets, graph_seed: see ``Skeleton.adjacency``.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        in_channels: int = 3,
+        num_person: int = 2,
+        base_channels: int = 64,
+        attention: bool = True,
+        graph: str = "spatial",
+        num_subsets: int = 3,
+        graph_seed: int = 0,
+    ) -> None:
+        adjacency = skeleton.adjacency(graph, num_subsets, graph_seed)
+
+        def temporal(before: int, width: int, stride: int) -> nn.Module:
+            unit = TemporalUnit(before, width, stride=stride)
+            init_fan_out(unit)
+            return unit
+
+        super().__init__(
+            skeleton,
+            in_channels,
+            norm="MVC",
+            num_person=num_person,
+            base_channels=base_channels,
+            temporal=temporal,
+            spatial=lambda before, width: AdaptiveGraphUnit(before, width, adjacency, attention),
+        )
+        self.register_buffer("A", adjacency)  # in PYSKL's checkpoints, read by nothing

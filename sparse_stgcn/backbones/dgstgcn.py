@@ -1,0 +1,82 @@
+"""DG-STGCN (Duan et al. 2022), as in PYSKL."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.dynamic import dg_aggregate
+from ..layers import SparseConv2d, pointwise_unit
+from ..skeleton import Skeleton
+from .base import Backbone, graph_parameter, shortcut
+from .multibranch import MixedTemporal
+
+__all__ = ["DGSTGCN", "GroupGraphUnit"]
+
+
+class GroupGraphUnit(nn.Module):
+    """ReLU(BN(post(pre(x) times the graphs)) + down(x)), see ``kernels.dynamic.dg_aggregate``.
+
+    K subsets of C_mid = ratio * O channels each; alpha and beta have K entries in PYSKL's checkpoints, of
+    which the first is used. Shapes: (N, I, T, V) -> (N, O, T, V).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, adjacency: Tensor, ratio: float = 0.125) -> None:
+        super().__init__()
+        self.subsets = adjacency.shape[0]
+        inner = self.subsets * int(ratio * out_channels)
+        self.A = graph_parameter(adjacency)
+        self.alpha = nn.Parameter(torch.zeros(self.subsets))
+        self.beta = nn.Parameter(torch.zeros(self.subsets))
+        self.pre = pointwise_unit(in_channels, inner).append(nn.ReLU(inplace=True))
+        self.post = SparseConv2d(inner, out_channels)
+        self.conv1 = SparseConv2d(in_channels, inner)
+        self.conv2 = SparseConv2d(in_channels, inner)
+        self.down = shortcut(in_channels, out_channels)
+        self.bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(2, keepdim=True)
+        grouped = lambda y: y.unflatten(1, (self.subsets, -1))
+        y = dg_aggregate(
+            grouped(self.pre(x)),
+            grouped(self.conv1(mean)[:, :, 0]),
+            grouped(self.conv2(mean)[:, :, 0]),
+            self.alpha[0],
+            self.beta[0],
+            self.A,
+        )
+        return F.relu_(self.bn(self.post(y.flatten(1, 2))) + self.down(x))
+
+
+class DGSTGCN(Backbone):
+    """DG-STGCN: K subsets with graphs per channel from the sample, and multi-branch temporal units.
+
+    Args:
+        num_subsets: K.
+        graph: adjacency mode; PYSKL draws it at ``random``, here from ``graph_seed``.
+        ratio: channels of a subset over output channels.
+        joint_mean: fuse the mean joint into the temporal unit (PYSKL); the paper's code does not.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        in_channels: int = 3,
+        base_channels: int = 64,
+        num_subsets: int = 8,
+        graph: str = "random",
+        graph_seed: int = 0,
+        ratio: float = 0.125,
+        joint_mean: bool = True,
+    ) -> None:
+        adjacency = skeleton.adjacency(graph, num_subsets, graph_seed)
+        super().__init__(
+            skeleton,
+            in_channels,
+            base_channels=base_channels,
+            spatial=lambda before, width: GroupGraphUnit(before, width, adjacency, ratio),
+            temporal=lambda before, width, stride: MixedTemporal(
+                before, width, stride, joint_mean, len(skeleton)
+            ),
+        )

@@ -1,0 +1,86 @@
+"""Temporal units with parallel branches: those of CTR-GCN and of DG-STGCN."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import SparseConv2d, TemporalUnit, pointwise_unit
+
+__all__ = ["BranchedTemporal", "MixedTemporal"]
+
+# A branch is (kernel, dilation), "max" (pooling over 3 frames) or "1x1".
+BranchSpec = tuple[int, int] | str
+_CTR_BRANCHES: tuple[BranchSpec, ...] = ((5, 1), (5, 2), "max", "1x1")
+_MIXED_BRANCHES: tuple[BranchSpec, ...] = ((3, 1), (3, 2), (3, 3), (3, 4), "max", "1x1")
+
+
+def _branch(spec: BranchSpec, in_channels: int, width: int, stride: int, norm: bool) -> nn.Module:
+    """1 x 1 convolution to ``width`` and what follows it; ``norm`` ends every branch with a batch norm.
+
+    (N, I, T, V) -> (N, width, ceil(T / stride), V); positions in the sequences are PYSKL's state-dict keys.
+    """
+    if spec == "1x1":
+        conv = SparseConv2d(in_channels, width, stride=stride)
+        return nn.Sequential(conv, nn.BatchNorm2d(width)) if norm else conv
+    branch = pointwise_unit(in_channels, width).append(nn.ReLU(inplace=True))
+    if isinstance(spec, str):
+        branch.append(nn.MaxPool2d((3, 1), (stride, 1), (1, 0)))
+        return branch.append(nn.BatchNorm2d(width)) if norm else branch
+    kernel, dilation = spec
+    return branch.append(TemporalUnit(width, width, kernel, stride, dilation, norm=norm))
+
+
+class BranchedTemporal(nn.Module):
+    """CTR-GCN's temporal unit: four branches with batch norms of their own, concatenated, ReLU.
+
+    Branches have C // 4 channels, the 1 x 1 branch takes the remainder.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        width = out_channels // len(_CTR_BRANCHES)
+        rest = out_channels - width * (len(_CTR_BRANCHES) - 1)
+        self.branches = nn.ModuleList(
+            _branch(spec, in_channels, rest if spec == "1x1" else width, stride, norm=True)
+            for spec in _CTR_BRANCHES
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu_(torch.cat([branch(x) for branch in self.branches], 1))
+
+
+class MixedTemporal(nn.Module):
+    """DG-STGCN's temporal unit: six branches, concatenated, then norm, ReLU, 1 x 1 convolution, norm.
+
+    The first branch has the remainder of C // 6. With ``joint_mean`` (PYSKL's ``dgmstcn``, otherwise
+    ``mstcn``) the mean over the joints passes through the branches as one more joint and is added to joint v
+    times ``add_coeff[v]``, which has 25 entries in PYSKL's checkpoints whatever V is; here it has more where
+    V > 25.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, joint_mean: bool = True,
+                 num_joints: int = 25) -> None:
+        super().__init__()
+        width = out_channels // len(_MIXED_BRANCHES)
+        rest = out_channels - width * (len(_MIXED_BRANCHES) - 1)
+        widths: Sequence[int] = (rest, *(width,) * (len(_MIXED_BRANCHES) - 1))
+        if joint_mean:
+            self.add_coeff = nn.Parameter(torch.zeros(max(25, num_joints)))
+        self.joint_mean = joint_mean
+        self.branches = nn.ModuleList(_branch(spec, in_channels, size, stride, norm=False)
+                                      for spec, size in zip(_MIXED_BRANCHES, widths, strict=True))
+        self.transform = nn.Sequential(nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True),
+                                       SparseConv2d(out_channels, out_channels))
+        self.bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        joints = x.shape[3]
+        if self.joint_mean:
+            x = torch.cat([x, x.mean(3, keepdim=True)], 3)
+        y = torch.cat([branch(x) for branch in self.branches], 1)
+        if self.joint_mean:
+            y = y[..., :joints] + y[..., joints:] * self.add_coeff[:joints]
+        return self.bn(self.transform(y))

@@ -1,0 +1,84 @@
+"""ST-GCN (Yan et al. 2018) with trainable edge importance, as in PYSKL."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import SparseConv2d, TemporalUnit
+from ..skeleton import Skeleton
+from .base import Backbone, graph_parameter
+
+__all__ = ["STGCN", "GraphUnit"]
+
+_ADAPTIVE = ("importance", "init", "offset", "fixed")
+
+
+class GraphUnit(nn.Module):
+    """ReLU(BN(y)), y[w] = sum over k, v of A_k[v,w] conv_k(x)[v]: (N, I, T, V) -> (N, O, T, V).
+
+    ``adaptive`` says how the graph learns: ``importance`` A * PA with PA = 1 at first, ``init`` A itself,
+    ``offset`` A + PA with PA near 0, ``fixed`` not at all.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, adjacency: Tensor, adaptive: str = "importance"
+    ) -> None:
+        super().__init__()
+        self.adaptive = adaptive
+        if adaptive == "init":
+            self.A = graph_parameter(adjacency)
+        else:
+            self.register_buffer("A", adjacency.clone())
+        if adaptive == "importance":
+            self.PA = nn.Parameter(torch.ones_like(adjacency))
+        elif adaptive == "offset":
+            self.PA = nn.Parameter(torch.empty_like(adjacency).uniform_(-1e-6, 1e-6))
+        self.conv = SparseConv2d(in_channels, out_channels, subsets=adjacency.shape[0])
+        self.bn = nn.BatchNorm2d(out_channels)
+        self._support: tuple[object, Tensor] | None = None
+
+    def graph(self) -> Tensor:
+        """(K, V, V) as used in the forward pass."""
+        if self.adaptive == "importance":
+            return self.A * self.PA
+        return self.A + self.PA if self.adaptive == "offset" else self.A
+
+    def support(self) -> Tensor | None:
+        """Bool (K, V, V): the only entries of the graph that can ever differ from 0; None if all can.
+
+        It follows the values of A: a change of A in place, by loading a state dict for instance, renews it.
+        """
+        if self.adaptive not in ("importance", "fixed"):
+            return None
+        version = None if self.A.is_inference() else self.A._version
+        key = (self.A.data_ptr(), self.A.device, version)
+        if version is None or self._support is None or self._support[0] != key:
+            with torch.inference_mode(False):  # it outlives this call, and is asked for its version
+                self._support = (key, self.A != 0)
+        return self._support[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        support = self.support() if self.conv.stage == "compact" else None
+        return F.relu_(self.bn(self.conv.aggregate(x, self.graph(), support)))
+
+
+class STGCN(Backbone):
+    """ST-GCN: a fixed graph in three subsets with trainable importance, and 9 x 1 temporal convolutions.
+
+    Args:
+        graph: adjacency mode, see ``Skeleton.adjacency``; num_subsets, graph_seed: of ``random``.
+        adaptive: how the graph learns, see ``GraphUnit``. The sparse networks of the paper's code are
+            ``graph="random", adaptive="init"``.
+    """
+
+    def __init__(self, skeleton: Skeleton, in_channels: int = 3, base_channels: int = 64,
+                 graph: str = "stgcn_spatial", adaptive: str = "importance", num_subsets: int = 3,
+                 graph_seed: int = 0) -> None:
+        if adaptive not in _ADAPTIVE:
+            raise ValueError(f"Expected adaptive to be one of {', '.join(_ADAPTIVE)}. Got {adaptive!r}.")
+        adjacency = skeleton.adjacency(graph, num_subsets, graph_seed)
+        super().__init__(
+            skeleton, in_channels, base_channels=base_channels,
+            spatial=lambda before, width: GraphUnit(before, width, adjacency, adaptive),
+            temporal=lambda before, width, stride: TemporalUnit(before, width, stride=stride))

@@ -1,0 +1,233 @@
+"""The convolutions that a mask can cover, and the temporal unit that is built on them."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .kernels import BlockPattern, graph_conv, temporal_conv
+
+__all__ = ["SparseConv2d", "TemporalUnit", "pointwise_unit"]
+
+
+class SparseConv2d(nn.Module):
+    """Convolution over frames, 1 x 1 or k x 1, whose weight can be dense or live blocks only.
+
+    Y[n,o,t,v] = b[o] + sum over (i,k) of W[o,i,k] X[n, i, t*stride + (k - (K-1)/2)*dilation, v];
+    shapes (N, I, T, V) -> (N, O, ceil(T / stride), V). With ``subsets`` > 1 it is the convolution of a graph
+    unit, which ``aggregate`` runs: ``subsets * out_channels`` outputs, subset-major.
+
+    Stages:
+        dense: ``weight`` (subsets * O, I, kernel, 1), no pattern.
+        warmup: a pattern is attached, ``weight`` is dense still and all of it is used, unless ``masked`` is
+        set.
+        compact: ``values`` (blocks, bi, bo) is the only weight; ``weight`` is None.
+
+    State-dict keys and the initialisation of the dense stage are those of ``nn.Conv2d``.
+    """
+
+    weight: nn.Parameter  # None once compact
+    values: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        dilation: int = 1,
+        bias: bool = True,
+        subsets: int = 1,
+    ) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"Expected kernel_size to be odd. Got {kernel_size}.")
+        if subsets > 1 and (kernel_size, stride) != (1, 1):
+            raise ValueError(
+                f"Expected a graph convolution (subsets > 1) to have kernel_size 1 and stride 1. "
+                f"Got {kernel_size} and {stride}."
+            )
+        self.in_channels, self.out_channels, self.subsets = in_channels, out_channels, subsets
+        self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
+        self.pattern: BlockPattern | None = None
+        self.masked = False
+        self.weight = nn.Parameter(torch.empty(subsets * out_channels, in_channels, kernel_size, 1))
+        self.register_parameter("values", None)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(subsets * out_channels))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """PyTorch's default for convolutions: weight and bias uniform in +-1 / sqrt(fan_in)."""
+        if self.weight is None:
+            raise ValueError(
+                "Expected a convolution with a dense weight. Got a compact one; call densify first."
+            )
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_channels * self.kernel_size)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @property
+    def stage(self) -> str:
+        """"dense", "warmup" or "compact"."""
+        if self.values is not None:
+            return "compact"
+        return "dense" if self.pattern is None else "warmup"
+
+    @property
+    def shape_oik(self) -> tuple[int, int, int]:
+        """(O, I, K) of the weight as a pattern sees it; K = subsets of a graph convolution, else taps."""
+        return self.out_channels, self.in_channels, self.subsets if self.subsets > 1 else self.kernel_size
+
+    def as_oik(self, dense: Tensor) -> Tensor:
+        """View of a tensor of the weight's shape as (O, I, K); [k*O + o, i] is [o, i, k] of subsets."""
+        if self.subsets == 1:
+            return dense[..., 0]
+        return dense.view(self.subsets, self.out_channels, self.in_channels).permute(1, 2, 0)
+
+    def from_oik(self, weight: Tensor) -> Tensor:
+        """The inverse of ``as_oik``."""
+        if self.subsets == 1:
+            return weight[..., None]
+        return weight.permute(2, 0, 1).reshape(-1, self.in_channels, 1, 1)
+
+    def weight_oik(self) -> Tensor:
+        """The weight as (O, I, K): a view of the dense one, or the live blocks among zeros."""
+        if self.values is not None and self.pattern is not None:
+            return self.pattern.scatter(self.values)
+        return self.as_oik(self.weight)
+
+    def gather(self, dense: Tensor) -> Tensor:
+        """The live blocks of a tensor of the weight's shape, in the shape and order of ``values``."""
+        if self.pattern is None:
+            raise ValueError("Expected a convolution with a pattern. Got none; call sparsify.")
+        return self.pattern.gather(self.as_oik(dense))
+
+    def dense_weight(self) -> Tensor:
+        """(subsets * O, I, kernel, 1): what the forward pass uses in this stage, differentiable."""
+        if self.values is not None:
+            return self.from_oik(self.weight_oik())
+        if self.masked and self.pattern is not None:
+            return self.from_oik(self.as_oik(self.weight) * self.pattern.mask())
+        return self.weight
+
+    def attach(self, pattern: BlockPattern) -> None:
+        """dense -> warmup: fix which weights will be kept.
+
+        Raises:
+            ValueError: the pattern has another shape than the weight, or the weight is compact already.
+        """
+        if pattern.shape != self.shape_oik:
+            raise ValueError(f"Expected pattern of shape {self.shape_oik}. Got {pattern.shape}.")
+        if self.weight is None:
+            raise ValueError(
+                "Expected a convolution with a dense weight. Got a compact one; call densify first."
+            )
+        self.pattern = pattern.to(self.weight.device)
+
+    def compact(self) -> tuple[nn.Parameter, nn.Parameter, Callable[[Tensor], Tensor]]:
+        """warmup -> compact: drop the dead weights.
+
+        Returns:
+            The weight that was dropped, the ``values`` that replace it, and the function that takes a tensor
+            of the old weight's shape (a momentum buffer, say) to the shape of ``values`` in the same order.
+        """
+        old = self.weight
+        if self.pattern is None or old is None:
+            raise ValueError(
+                f"Expected a convolution in stage 'warmup'. Got stage {self.stage!r}; call sparsify."
+            )
+        with torch.no_grad():
+            self.values = nn.Parameter(self.gather(old), requires_grad=old.requires_grad)
+        self.weight = None  # type: ignore[assignment]
+        return old, self.values, self.gather
+
+    def densify(self) -> None:
+        """compact -> warmup: the dense weight with zeros where no block lives; the pattern stays attached."""
+        if self.values is None:
+            return
+        with torch.no_grad():
+            dense = self.dense_weight().contiguous()
+        self.weight = nn.Parameter(dense, requires_grad=self.values.requires_grad)
+        self.values = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.subsets > 1:
+            raise ValueError(
+                "Expected a convolution without subsets. Got a graph convolution; call aggregate."
+            )
+        if self.values is not None and self.pattern is not None:
+            return temporal_conv(x, self.values, self.pattern, self.bias, self.stride, self.dilation)
+        padding = (self.kernel_size - 1) // 2 * self.dilation
+        return F.conv2d(x, self.dense_weight(), self.bias, (self.stride, 1), (padding, 0), (self.dilation, 1))
+
+    def aggregate(self, x: Tensor, adjacency: Tensor, support: Tensor | None = None) -> Tensor:
+        """Y[n,o,t,w] = sum over k, v of A_k[v,w] (b_k[o] + sum over i of W_k[o,i] X[n,i,t,v]).
+
+        Args:
+            x: (N, I, T, V).
+            adjacency: (K, V, V), K = ``subsets``.
+            support: bool (K, V, V), the only entries of ``adjacency`` that can differ from 0.
+        """
+        bias = None if self.bias is None else self.bias.view(self.subsets, self.out_channels)
+        if self.values is not None and self.pattern is not None:
+            return graph_conv(x, self.values, self.pattern, adjacency, bias, support=support)
+        batch, channels, frames, joints = x.shape
+        rows = x.reshape(-1, joints)
+        # The product with A_k comes first: it then runs on the narrower side, and no K * O channels are held.
+        parts = (
+            F.conv2d((rows @ subset).view(batch, channels, frames, joints), weight)
+            for weight, subset in zip(self.dense_weight().chunk(self.subsets), adjacency, strict=True)
+        )
+        out = next(parts)
+        for part in parts:
+            out.add_(part)
+        return out if bias is None else out + (bias.t() @ adjacency.sum(1))[None, :, None, :]
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> SparseConv2d:
+        super()._apply(fn, recurse)
+        if self.pattern is not None:
+            self.pattern = self.pattern.to((self.weight if self.values is None else self.values).device)
+        return self
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}"
+        for name, usual in (("kernel_size", 1), ("stride", 1), ("dilation", 1), ("subsets", 1)):
+            if getattr(self, name) != usual:
+                text += f", {name}={getattr(self, name)}"
+        return text if self.pattern is None else f"{text}, {self.stage}, {self.pattern}"
+
+
+class TemporalUnit(nn.Module):
+    """k x 1 convolution over frames, then batch norm: (N, I, T, V) -> (N, O, ceil(T / stride), V).
+
+    PYSKL's ``unit_tcn``; with ``norm=False`` the convolution alone, under the same state-dict key ``conv``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 9,
+        stride: int = 1,
+        dilation: int = 1,
+        norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.conv = SparseConv2d(in_channels, out_channels, kernel_size, stride, dilation)
+        self.bn = nn.BatchNorm2d(out_channels) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
+def pointwise_unit(in_channels: int, out_channels: int) -> nn.Sequential:
+    """1 x 1 convolution and batch norm, with the state-dict keys ``0`` and ``1``."""
+    return nn.Sequential(SparseConv2d(in_channels, out_channels), nn.BatchNorm2d(out_channels))
