@@ -1,0 +1,98 @@
+"""python -m sparse_stgcn.convert IN OUT: make a native archive from other formats."""
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from .config import OptionalInt, OptionalStr
+from .data.archive import Archive
+from .data.formats import Options, detect, open_source
+from .data.storage import check_target
+from .data.writer import write_archive
+from .errors import UserError, run, validating
+
+__all__ = ["ConvertConfig", "main"]
+
+
+@dataclass
+class ConvertConfig:
+    """Make an archive (a directory of memory-mapped arrays) from another format.
+
+    A conversion that was stopped continues where it was when it is started again.
+    """
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
+    """File or folder to convert."""
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Archive directory to write."""
+    format: str = "auto"
+    """Format of IN: auto, archive, pyskl, ctrgcn, ntu, kinetics, k400 or arrays."""
+    layout: OptionalStr = None
+    """Skeleton layout: a name (nturgb+d, coco, ...) or a YAML/JSON file. Default: by the number of joints."""
+    max_persons: OptionalInt = None
+    """Persons kept per sequence. Default: all of the source, at most 2."""
+    label_names: OptionalStr = None
+    """Text file with one class name per line."""
+    poses: OptionalStr = None
+    """Folder with the pose files that a K400 pickle refers to."""
+    ignore: OptionalStr = None
+    """Text file with the NTU samples to leave out, in place of the rule."""
+    order: OptionalStr = None
+    """Axes of plain arrays, e.g. CTVM. Default: TMVC or TVC."""
+    score_channel: bool = False
+    """The third channel of plain arrays is the confidence of a 2D joint."""
+    overwrite: bool = False
+    """Replace OUT if it is an archive."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; see ``--help``. Errors are for ``errors.run`` to report."""
+    config = tyro.cli(ConvertConfig, args=argv, prog="python -m sparse_stgcn.convert")
+    with validating():
+        archive, total = _convert(config)
+    print(archive)
+    left_out = archive.info.get("left_out", {})
+    if left_out:
+        print(f"{len(left_out)} of {total} sequences left out; meta.json says which and why")
+    return 0
+
+
+def _convert(config: ConvertConfig) -> tuple[Archive, int]:
+    """The new archive, and how many sequences the source has."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    check_target(Path(config.out), config.overwrite)
+    if config.max_persons is not None and config.max_persons < 1:
+        raise UserError(f"Expected max_persons of at least 1. Got {config.max_persons}.")
+    kind = detect(config.source) if config.format == "auto" else config.format
+    if kind == "archive":
+        archive = Archive.open(config.source, config.layout)
+        return Archive.open(archive.save(config.out, config.overwrite)), len(archive)
+    names = read_names(config.label_names) if config.label_names else ()
+    options = Options(config.layout, config.max_persons, names, config.poses, config.ignore, config.order,
+                      config.score_channel)
+    source = open_source(config.source, kind, options)
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("sequences", total=len(source))
+        archive = write_archive(source, config.out, config.overwrite, lambda done: bar.update(task, completed=done))
+    return archive, len(source)
+
+
+def read_names(path: str) -> tuple[str, ...]:
+    """Class names, one per line; empty lines do not count."""
+    try:
+        names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"Expected label_names to be a readable text file. Got '{path}'.") from error
+    return tuple(name for name in names if name)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,194 @@
+"""Plain arrays: a folder with one subfolder per class, or a JSON file that lists sequences."""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from ..skeleton import Skeleton
+from .source import Record, Source
+from .storage import DAMAGED, one_line
+
+_PARTS = ("train", "val", "test")
+_KINDS = (".npy", ".json")
+
+
+class ArraysSource(Source):
+    """Sequences as `.npy` or `.json` arrays of (T, V, C) or (T, M, V, C).
+
+    A folder: CLASS/NAME.npy, or train/CLASS/NAME.npy beside test/ (or val/). A JSON file: {"sequences": [{"file":
+    "a.npy" or "keypoint": nested lists, "label": name or number, "split": "train", "sample": id}, ...],
+    "label_names": [...], "layout": ...}; only file or keypoint and label are needed.
+
+    Args:
+        path: folder or JSON file.
+        layout: skeleton, by name, file or mapping; default: the one that the JSON file names, or layout.yaml or
+            layout.json in the folder. It cannot be guessed.
+        order: the axes of an array, e.g. "TVC" or "CTVM"; default TMVC or TVC.
+        score_channel: the third channel is the confidence of a 2D joint.
+        max_persons: persons kept per sequence; default: all.
+        label_names: names of the classes; default: those of the source.
+
+    Without a split in the source every fifth sequence of each class becomes the test split.
+
+    Raises:
+        UserError: nothing to read, a file is damaged or its form differs; the message names the file.
+    """
+
+    def __init__(self, path: str | Path, layout: Any = None, order: str | None = None, score_channel: bool = False,
+                 max_persons: int | None = None, label_names: tuple[str, ...] = ()) -> None:
+        self.path = Path(path)
+        self.order, self.has_score = order, score_channel
+        if order is not None and (set(order) not in ({"T", "V", "C"}, {"T", "M", "V", "C"}) or len(set(order)) != len(order)):
+            raise UserError(f"Expected order to name the axes T, M, V and C once each, M if there is one. Got {order!r}.")
+        content: dict[str, Any] = {}
+        if self.path.is_dir():
+            self.entries = self._from_folder()
+        else:
+            content = self._manifest()
+            self.entries = content["sequences"]
+        if not self.entries:
+            raise UserError(f"Expected .npy or .json arrays in '{path}', one folder per class. Got none.")
+        layout = self._layout(content) if layout is None else layout
+        if layout is None:
+            raise UserError(f"Expected layout for '{path}': plain arrays do not say which joint is which. Got none; name a "
+                            "layout or a YAML/JSON file.")
+        self.skeleton = Skeleton.load(layout)
+        self.label_names = label_names or self._names(content)
+        self.numbers = {name: i for i, name in enumerate(self.label_names)}
+        shapes = {self._shape(i) for i in range(len(self.entries))}
+        most = max(persons for persons, _, _ in shapes)
+        self.num_persons = most if max_persons is None else min(most, max_persons)
+        channels = {c for _, c, _ in shapes}
+        if len(channels) > 1:
+            raise UserError(f"Expected all arrays of '{path}' to have the same C. Got {', '.join(map(str, sorted(channels)))}.")
+        self.channels = channels.pop() - (1 if score_channel else 0)
+        self.dtype = np.result_type(np.float16, *{np.dtype(kind) for _, _, kind in shapes})
+        self.info = {"source": self.path.name}
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def fingerprint(self) -> str:
+        return repr((super().fingerprint(), self.order, [str(e.get("file", i)) for i, e in enumerate(self.entries)]))
+
+    def record(self, index: int) -> Record:
+        entry = self.entries[index]
+        keypoint = np.asarray(self._array(index), self.dtype)
+        score = keypoint[..., 2] if self.has_score else None
+        if self.has_score:
+            keypoint = keypoint[..., :2]
+        keypoint = keypoint[:, :self.num_persons]
+        return Record(self._sample(index), self._label(entry, index), keypoint,
+                      None if score is None else score[:, :self.num_persons])
+
+    def splits(self, samples: np.ndarray, fields: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        part = np.array([str(entry.get("split", "")) for entry in self.entries])
+        if (part == "").all():
+            label = np.array([self._label(entry, i) for i, entry in enumerate(self.entries)])
+            rank = np.empty(len(label), np.int64)
+            for value in np.unique(label):
+                rank[label == value] = np.arange((label == value).sum())
+            return {"train": rank % 5 != 4, "test": rank % 5 == 4}
+        return {name: part == name for name in np.unique(part[part != ""]).tolist()}
+
+    def _array(self, index: int) -> np.ndarray:
+        """The array of an entry as (T, M, V, C)."""
+        entry, where = self.entries[index], self._where(index)
+        try:
+            if "keypoint" in entry:
+                value = np.asarray(entry["keypoint"], np.float32)
+            elif str(entry["file"]).endswith(".npy"):
+                value = np.load(self._file(entry), mmap_mode="r", allow_pickle=False)
+            else:
+                value = np.asarray(json.loads(self._file(entry).read_text(encoding="utf-8")), np.float32)
+        except DAMAGED as error:
+            raise UserError(f"Expected {where} to be a readable array of numbers. Got: {one_line(error)}.") from error
+        order = self.order or ("TMVC" if value.ndim == 4 else "TVC")
+        if value.ndim != len(order) or value.dtype.kind not in "fiu" or not value.size:
+            raise UserError(f"Expected {where} to be numbers with the axes {' '.join(order)}. Got {value.dtype} of shape "
+                            f"{value.shape}; name the axes with order.")
+        if "M" not in order:
+            value, order = value[..., None], order + "M"
+        value = value.transpose([order.index(axis) for axis in "TMVC"])
+        wanted = (3,) if self.has_score else (2, 3)
+        if value.shape[2] != len(self.skeleton) or value.shape[3] not in wanted:
+            raise UserError(f"Expected {where} to have V = {len(self.skeleton)} and C = {' or '.join(map(str, wanted))}. Got "
+                            f"V = {value.shape[2]} and C = {value.shape[3]}; name the axes with order.")
+        return value
+
+    def _shape(self, index: int) -> tuple[int, int, str]:
+        value = self._array(index)
+        return value.shape[1], value.shape[3], value.dtype.str if value.dtype.kind == "f" else "<f4"
+
+    def _layout(self, content: Mapping[str, Any]) -> Any:
+        """The layout that the JSON file names (a file beside it, too), or layout.yaml or layout.json in the folder."""
+        layout = content.get("layout")
+        if self.path.is_dir():
+            return next((file for file in sorted(self.path.glob("layout.*")) if file.suffix in (".yaml", ".json")), None)
+        if isinstance(layout, str) and (self.path.parent / layout).is_file():
+            return self.path.parent / layout
+        return layout
+
+    def _label(self, entry: Mapping[str, Any], index: int) -> int:
+        label = entry.get("label")
+        if isinstance(label, str) and label in self.numbers:
+            return self.numbers[label]
+        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(self.label_names):
+            return label
+        raise UserError(f"Expected label of {self._where(index)} to be one of {', '.join(self.label_names[:8])} or its "
+                        f"number. Got {label!r}.")
+
+    def _names(self, content: Mapping[str, Any]) -> tuple[str, ...]:
+        names = content.get("label_names")
+        if names is not None:
+            if not isinstance(names, list) or not names:
+                raise UserError(f"Expected label_names of '{self.path}' to be a list of texts. Got {names!r}.")
+            return tuple(map(str, names))
+        labels = [entry.get("label") for entry in self.entries]
+        texts = {label for label in labels if isinstance(label, str)}
+        if all(isinstance(label, str) for label in labels):
+            return tuple(sorted(texts))
+        numbers = [label for label in labels if isinstance(label, int) and 0 <= label < 1_000_000]
+        return tuple(str(i) for i in range(max(numbers, default=-1) + 1))
+
+    def _from_folder(self) -> list[dict[str, Any]]:
+        entries = []
+        for file in sorted(self.path.rglob("*")):
+            parts = file.relative_to(self.path).parts
+            if file.suffix in _KINDS and 2 <= len(parts) <= 3:
+                sample = "/".join(parts)[:-len(file.suffix)]
+                entry: dict[str, Any] = {"file": str(Path(*parts)), "label": parts[-2], "sample": sample}
+                if len(parts) == 3:
+                    if parts[0] not in _PARTS:
+                        raise UserError(f"Expected folders {', '.join(_PARTS)} above those of the classes in '{self.path}'. "
+                                        f"Got '{parts[0]}'.")
+                    entry["split"] = parts[0]
+                entries.append(entry)
+        return entries
+
+    def _manifest(self) -> dict[str, Any]:
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"Expected readable JSON in '{self.path}'. Got: {one_line(error)}.") from error
+        sequences = content.get("sequences") if isinstance(content, dict) else None
+        if not isinstance(sequences, list) or not all(
+                isinstance(entry, dict) and ("file" in entry or "keypoint" in entry) for entry in sequences):
+            raise UserError(f"Expected a list sequences in '{self.path}' whose entries have file or keypoint. Got another "
+                            "form.")
+        return content
+
+    def _file(self, entry: Mapping[str, Any]) -> Path:
+        return (self.path if self.path.is_dir() else self.path.parent) / str(entry["file"])
+
+    def _sample(self, index: int) -> str:
+        entry = self.entries[index]
+        return str(entry.get("sample", entry.get("file", f"{index:06d}")))
+
+    def _where(self, index: int) -> str:
+        return f"sequence {index} ('{self._sample(index)}') of '{self.path}'"

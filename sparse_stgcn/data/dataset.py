@@ -1,0 +1,211 @@
+"""SkeletonDataset: from an archive to network input, one sequence or a whole batch at a time."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..errors import UserError
+from . import transforms as tf
+from .archive import Archive
+from .body import body_axes
+
+SAMPLERS = ("uniform", "decode")
+
+
+class SkeletonDataset(Dataset[tuple[Tensor, int, int]]):
+    """Clips of one split of an archive.
+
+    Training: `dataset[i]` is (keypoint (M, L, V, C) float32, label, i): L frames drawn uniformly, then turned and
+    scaled at random if asked. The draw depends on (`seed`, epoch, i) only, never on the order of access or the number
+    of workers; call `set_epoch` before each epoch.
+    Testing (`train=False`): keypoint is (clips, M, L, V, C), the same in every run (PYSKL's seeded test sampler).
+
+    3D sequences pass `pre_normalize_3d`, 2D ones `pre_normalize_2d` and carry the score as third channel; then the
+    features of `stream` are computed on the whole sequence and frames are drawn, in PYSKL's order. What comes before
+    the draw is kept in memory, up to `cache_bytes`.
+
+    Args:
+        archive: the sequences.
+        split: name of a split ("train", "test"), a mask or indices into the archive.
+        stream: "j" joints, "b" bones, "jm"/"bm" their motion, or several joined by "+" on the channel axis.
+        clip_len: L, frames per clip.
+        num_clips: clips per sequence when testing.
+        train: random clips, or the fixed test clips.
+        seed: of the random clips.
+        num_person: persons per clip, cut or padded with zeros; default: those of the archive.
+        align: turn the body upright (3D with named spine and shoulders); centring is always done.
+        rotate: theta, random rotation by three angles from U(-theta, theta) radians (2D: one in the plane).
+        scale: s, random factor 1 + U(-1, 1) s per axis.
+        missing: what to do about joints that are NaN or lost: keep, interpolate, zero or drop
+            (see `transforms.fill_missing`). With "keep" a NaN in the archive is an error.
+        sampler: test frames as PYSKL's "uniform" sampler draws them or its "decode" variant.
+        cache_bytes: memory for normalised sequences.
+
+    Raises:
+        UserError: an option is not as above, the split is empty, or the archive holds NaN and `missing` is "keep".
+    """
+
+    def __init__(
+        self,
+        archive: Archive,
+        split: str | Sequence[int] | np.ndarray = "train",
+        stream: str = "j",
+        clip_len: int = 100,
+        num_clips: int = 1,
+        train: bool = True,
+        seed: int = 0,
+        num_person: int | None = None,
+        align: bool = True,
+        rotate: float = 0.0,
+        scale: float = 0.0,
+        missing: str = "keep",
+        sampler: str = "uniform",
+        cache_bytes: int = 512 << 20,
+    ) -> None:
+        for name, value, least in (("clip_len", clip_len, 1), ("num_clips", num_clips, 1), ("rotate", rotate, 0),
+                                   ("scale", scale, 0), ("cache_bytes", cache_bytes, 0), ("seed", seed, 0),
+                                   ("num_person", archive.num_persons if num_person is None else num_person, 1)):
+            if not value >= least:
+                raise UserError(f"Expected {name} of at least {least}. Got {name}={value}.")
+        if missing not in tf.MISSING:
+            raise UserError(f"Expected missing to be one of {', '.join(tf.MISSING)}. Got missing={missing!r}.")
+        if sampler not in SAMPLERS:
+            raise UserError(f"Expected sampler to be one of {', '.join(SAMPLERS)}. Got sampler={sampler!r}.")
+        self.archive = archive
+        self.members = archive.members(split)
+        if not len(self.members):
+            raise UserError(f"Expected at least one sequence in split {split!r} of archive '{archive.name}'. Got none.")
+        if missing == "keep":
+            archive.check_finite()
+        self.stream = stream
+        self.features = tf.streams_of(stream)
+        self.clip_len, self.num_clips, self.train, self.seed = clip_len, num_clips, train, seed
+        self.num_person = archive.num_persons if num_person is None else num_person
+        self.align, self.rotate, self.scale = align, rotate, scale
+        self.missing, self.sampler = missing, sampler
+        self.labels = torch.from_numpy(archive.label[self.members])
+        self.epoch = 0
+        self._axes = body_axes(archive.skeleton)
+        self._cache: dict[int, np.ndarray] = {}
+        self._cache_left = cache_bytes
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @property
+    def in_channels(self) -> int:
+        """C of the network input: three for each stream."""
+        return 3 * len(self.features)
+
+    @property
+    def sample_ids(self) -> np.ndarray:
+        """(N,) text that names every sequence of the split."""
+        return self.archive.sample_ids[self.members]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the random clips of `epoch`."""
+        self.epoch = epoch
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"Expected index below {len(self)}. Got {index}.")
+        index %= len(self)
+        keypoint, label, _ = self.batch([index])
+        return keypoint[0], int(label[0]), index
+
+    def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The samples `indices` stacked: keypoint (B, M, L, V, C) or (B, clips, M, L, V, C), labels (B,), indices (B,)."""
+        index = np.asarray(indices, dtype=np.int64)
+        clips = 1 if self.train else self.num_clips
+        persons, joints, length = self.num_person, len(self.archive.skeleton), clips * self.clip_len
+        out = np.zeros((len(index), persons, length, joints, self.in_channels), np.float32)
+        for row, i in zip(out, index.tolist(), strict=True):
+            sequence = self.sequence(i)[:persons]
+            if self.train:
+                rng = self._generator(i)
+                frames = tf.uniform_sample(sequence.shape[1], length, rng)
+            else:
+                frames = tf.sample_test_clips(sequence.shape[1], self.clip_len, clips,
+                                              decode=self.sampler == "decode").ravel()
+            np.take(sequence, frames, axis=1, out=row[:len(sequence)], mode="clip")
+            if self.train and (self.rotate or self.scale):
+                self._augment(row, rng)
+        if not self.train:
+            out = np.ascontiguousarray(out.reshape(len(index), persons, clips, self.clip_len, joints, -1).swapaxes(1, 2))
+        return torch.from_numpy(out), self.labels[index], torch.from_numpy(index)
+
+    def batches(
+        self, batch_size: int, epoch: int | None = None, shuffle: bool = True, drop_last: bool = False, start: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The batches of an epoch, from batch `start` on: the order depends on (`seed`, epoch) only."""
+        if epoch is not None:
+            self.set_epoch(epoch)
+        order = self.order() if shuffle else np.arange(len(self))
+        stop = len(order) - len(order) % batch_size if drop_last else len(order)
+        for first in range(start * batch_size, stop, batch_size):
+            yield self.batch(order[first:first + batch_size])
+
+    def order(self, epoch: int | None = None) -> np.ndarray:
+        """Permutation of the samples for `epoch` (default: the current one)."""
+        return self._generator(-1, self.epoch if epoch is None else epoch).permutation(len(self))
+
+    def sequence(self, index: int) -> np.ndarray:
+        """The whole sequence after normalisation, as features (M, T, V, C) float32: what clips are drawn from."""
+        known = self._cache.get(index)
+        if known is not None:
+            return known
+        member = int(self.members[index])
+        keypoint, score = self.archive.read(member)
+        features = np.ascontiguousarray(self._features(keypoint, score, member), dtype=np.float32)
+        if features.nbytes <= self._cache_left:
+            self._cache_left -= features.nbytes
+            self._cache[index] = features
+        return features
+
+    def _features(self, keypoint: np.ndarray, score: np.ndarray | None, member: int) -> np.ndarray:
+        flat = self.archive.is_2d
+        if flat:
+            if score is None:
+                # No confidence given: 1 for every joint that was seen.
+                score = (np.isfinite(keypoint).all(axis=-1) & (keypoint != 0).any(axis=-1)).astype(keypoint.dtype)
+            keypoint = np.concatenate([keypoint, score[..., None]], axis=-1)
+        keypoint = tf.fill_missing(keypoint, self.missing, 2 if flat else 3)
+        if flat:
+            keypoint = tf.pre_normalize_2d(keypoint, image=self._image(member))
+        else:
+            axes = self._axes
+            keypoint = tf.pre_normalize_3d(keypoint, axes.centre, axes.spine if self.align else None,
+                                           axes.shoulders if self.align else None)
+        # PYSKL averages the scores of consecutive frames for coco and openpose, not for hands.
+        motion_score = flat and self.archive.skeleton.name != "handmp"
+        return tf.skeleton_features(keypoint, self.features, self.archive.skeleton.bones, flat, motion_score)
+
+    def _image(self, member: int) -> tuple[float, float]:
+        shapes = self.archive.fields.get("img_shape")
+        return (1080.0, 1920.0) if shapes is None else (float(shapes[member][0]), float(shapes[member][1]))
+
+    def _augment(self, row: np.ndarray, rng: np.random.Generator) -> None:
+        """Random rotation and scale of one clip in place. Streams are linear in the joints, so each is turned alike."""
+        axes = 2 if self.archive.is_2d else 3
+        matrix = np.eye(axes)
+        if self.rotate:
+            turn = tf.random_rotation_2d if axes == 2 else tf.random_rotation
+            matrix = turn(self.rotate, rng)
+        if self.scale:
+            matrix = tf.random_scale(self.scale, axes, rng)[:, None] * matrix
+        for first in range(0, self.in_channels, 3):
+            row[..., first:first + axes] = row[..., first:first + axes] @ matrix.T.astype(np.float32)
+
+    def _generator(self, index: int, epoch: int | None = None) -> np.random.Generator:
+        # Philox with the coordinates as its key: every (seed, epoch, index) has a stream of its own.
+        where = ((self.epoch if epoch is None else epoch) << 32) + index + 1
+        return np.random.Generator(np.random.Philox(key=np.array([self.seed, where], np.uint64)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker fills its own cache.
+        return {**self.__dict__, "_cache": {}, "_cache_left": self._cache_left + sum(v.nbytes for v in self._cache.values())}
