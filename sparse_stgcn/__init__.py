@@ -19,6 +19,7 @@ _PUBLIC = {
     "Skeleton": "skeleton",
     "BlockPattern": "kernels",
     "Archive": "data.archive",
+    "optimize": "runtime",
     "backends": "kernels",
 }
 __all__ = ["__version__", *_PUBLIC]
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .kernels import BlockPattern as BlockPattern
     from .kernels import backends as backends
     from .recognizer import Recognizer as Recognizer
+    from .runtime import optimize as optimize
     from .skeleton import Skeleton as Skeleton
     from .sparsity import compact as compact
     from .sparsity import densify as densify

@@ -20,7 +20,8 @@ def test_value_and_gradient_equal_autograd_of_the_formula(groups):
     leaves, views, patterns = layers()
     got, want = group_lasso(views, patterns, groups), reference.group_lasso(views, patterns, groups)
     assert got.item() == pytest.approx(want.item(), rel=1e-14)
-    for a, b in zip(torch.autograd.grad(3 * got, leaves, retain_graph=True), torch.autograd.grad(3 * want, leaves), strict=True):
+    gradients = torch.autograd.grad(3 * got, leaves), torch.autograd.grad(3 * want, leaves)
+    for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
         assert a.abs().sum() > 0
 
@@ -74,8 +75,9 @@ def test_lasso_terms_give_the_same_gradient():
 def test_opcheck():
     _, views, patterns = layers(torch.float32)
     weight, kept, scale = views[1].detach(), patterns[1].mask(), torch.tensor(0.5, dtype=torch.float64)
-    torch.library.opcheck(torch.ops.sparse_stgcn.lasso_square, (weight, kept), test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(torch.ops.sparse_stgcn.lasso_gradient, (weight, kept, scale), test_utils=("test_schema", "test_faketensor"))
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.sparse_stgcn.lasso_square, (weight, kept), test_utils=tests)
+    torch.library.opcheck(torch.ops.sparse_stgcn.lasso_gradient, (weight, kept, scale), test_utils=tests)
 
 
 def test_bad_arguments_are_refused():

@@ -58,7 +58,7 @@ class _Scene:
         self.poses = [Pose(frames, rng)]
         if action in SINGLE:
             SINGLE[action](self.poses[0])
-            if rng.uniform() < 0.5:
+            if rng.uniform() < 0.3:
                 self._add_bystander(frames)
         else:
             self._add_partner(action, frames)
@@ -113,7 +113,7 @@ class _Scene:
         return out.astype(np.float32)
 
     def _lose_joints(self, person: np.ndarray) -> None:
-        for joint in np.flatnonzero(self.rng.uniform(size=25) < 0.06):
+        for joint in np.flatnonzero(self.rng.uniform(size=25) < 0.04):
             length = self.rng.randint(2, 12)
             # The trunk is seen in the first frame: the normalisation of every later one hangs on it.
             begin = self.rng.randint(1 if joint in _TRUNK else 0, len(person))

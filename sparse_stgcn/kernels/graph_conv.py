@@ -144,7 +144,8 @@ class _GraphConv(torch.autograd.Function):
 
 
 _GRAPH = "Tensor ptr, Tensor source"
-LIBRARY.define(f"graph_conv(Tensor x, Tensor values, Tensor coefficients, Tensor? bias_map, {_GRAPH}, {PATTERN_SCHEMA}) -> Tensor")
+LIBRARY.define("graph_conv(Tensor x, Tensor values, Tensor coefficients, Tensor? bias_map, "
+               f"{_GRAPH}, {PATTERN_SCHEMA}) -> Tensor")
 LIBRARY.define(f"graph_conv_dx(Tensor x, Tensor dy, Tensor values, Tensor coefficients, {_GRAPH}, {PATTERN_SCHEMA}, "
                "bool need_coefficients) -> (Tensor, Tensor)")
 LIBRARY.define("graph_conv_dw(Tensor x, Tensor dy, Tensor values, Tensor coefficients, Tensor? masked, Tensor? scale, "

@@ -55,7 +55,8 @@ class _TemporalConv(torch.autograd.Function):
                 scale: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, values, row_ptr, input, tap, masked, scale)
         ctx.shape, ctx.block, ctx.stride, ctx.dilation, ctx.bias = list(shape), list(block), stride, dilation, bias is not None
-        return torch.ops.sparse_stgcn.temporal_conv(x, values, bias, row_ptr, input, tap, ctx.shape, ctx.block, stride, dilation)
+        return torch.ops.sparse_stgcn.temporal_conv(x, values, bias, row_ptr, input, tap, ctx.shape, ctx.block, stride,
+                                                    dilation)
 
     @staticmethod
     @once_differentiable

@@ -1,0 +1,1 @@
+"""Honest timing: paired runs, checked results, the best dense engines beside ours."""

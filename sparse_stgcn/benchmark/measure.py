@@ -1,0 +1,93 @@
+"""Paired, interleaved timing, and the gate that no unchecked result passes."""
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class WrongResult(RuntimeError):
+    """A candidate's output does not match the reference: it must not be timed."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A named way to compute something: ``run()`` is timed, ``output()`` is what the check sees."""
+
+    name: str
+    run: Callable[[], object]
+    output: Callable[[], Tensor]
+
+
+def check(name: str, output: Tensor, reference: Tensor, tolerance: float = 1e-4) -> float:
+    """Largest |output - reference| over the largest |reference|.
+
+    Raises:
+        WrongResult: it exceeds ``tolerance``, the shapes differ, or a value is not finite.
+    """
+    if output.shape != reference.shape:
+        raise WrongResult(f"{name}: expected shape {tuple(reference.shape)}, got {tuple(output.shape)}")
+    error = ((output.double() - reference.double()).abs().max() / reference.double().abs().max()).item()
+    if not error <= tolerance:
+        raise WrongResult(f"{name}: relative error {error:.3g} exceeds {tolerance:.3g}")
+    return error
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per run of each round, in the order of the rounds."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def best(self) -> float:
+        return min(self.seconds)
+
+    def ratio(self, other: Timing) -> float:
+        """Median over the rounds of other / self: how many times faster this one is, each pair in the same moment."""
+        return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
+
+
+def paired(candidates: list[Candidate], rounds: int = 11, warmup: int = 2) -> dict[str, Timing]:
+    """Time all candidates in turn, round by round, so that a drift of the machine hits all of them alike."""
+    seconds: dict[str, list[float]] = {c.name: [] for c in candidates}
+    for candidate in candidates:
+        for _ in range(warmup):
+            candidate.run()
+    for number in range(rounds):
+        shift = number % len(candidates)
+        for candidate in candidates[shift:] + candidates[:shift]:
+            begin = time.perf_counter()
+            candidate.run()
+            seconds[candidate.name].append(time.perf_counter() - begin)
+    return {name: Timing(values) for name, values in seconds.items()}
+
+
+def environment() -> dict[str, str | int]:
+    """What a figure depends on: processor, instruction set, threads, versions, commit and date."""
+    import platform
+    import subprocess
+    from datetime import date
+
+    from ..kernels import _native
+
+    processor = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            processor = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), processor)
+    except OSError:
+        pass
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    return {"processor": processor, "isa": _native.isa, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "commit": commit or "unknown", "date": date.today().isoformat()}

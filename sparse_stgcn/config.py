@@ -1,0 +1,322 @@
+"""TrainConfig: the one source of every flag of ``train``, of its YAML file and of its defaults."""
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import tyro
+import yaml
+
+from .errors import UserError, one_of, validating
+
+__all__ = ["PRESETS", "OptionalInt", "OptionalStr", "TrainConfig", "check_device", "parse"]
+
+# A flag that may be left out. Its help text says what happens then, which "(default: None)" would not.
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+OptionalStr = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
+
+SCHEDULES = ("linear", "constant")
+LASSO_STEPS = ("gradient", "proximal")
+GROUPS = ("block", "tensor", "global")
+
+# What a key becomes that neither the command line nor the YAML file sets, by where the data come from: the
+# synthetic set, a data set of fewer than SMALL training sequences, or a larger one (the PYSKL recipe).
+SMALL = 10_000
+PRESETS: dict[str, dict[str, Any]] = {
+    "synthetic": {"sequences": 600, "epochs": 30, "batch_size": 16, "clip_len": 16, "lr_reference_batch": 32,
+                  "eval_every": 10},
+    "small": {"epochs": 60, "batch_size": 16, "clip_len": 52, "lr_reference_batch": 64, "eval_every": 5},
+    "large": {"epochs": 80, "batch_size": 128, "clip_len": 100, "lr_reference_batch": 128, "eval_every": 1},
+}
+# Warm-up epochs over all epochs. A dense epoch costs as much as several sparse ones, so the synthetic run,
+# which has to be short, does most of its learning in the second stage.
+WARMUP = {"synthetic": 1 / 6, "small": 0.6, "large": 0.6}
+
+# What may differ between the first part of a run and its continuation: where it runs, not what it computes.
+_FREE_ON_RESUME = ("config", "resume", "data", "device", "threads", "workers")
+_NOT_RECORDED = ("config", "resume")
+
+
+@dataclass
+class TrainConfig:
+    """Train a sparse ST-GCN in two stages: a dense warm-up under the group lasso, then the live blocks alone.
+
+    Every flag (--warmup-epochs) is also a key of the YAML file (warmup_epochs). A flag that is left out takes
+    the value that suits the data set; the values in force are printed and written to config.yaml in the work
+    directory.
+    """
+
+    backbone: str = "stgcn"
+    """Network: stgcn, aagcn, ctrgcn or dgstgcn."""
+    base_channels: int = 64
+    """Channels of the first four blocks; the others have two and four times as many."""
+    sparsity: float = 0.95
+    """Fraction of the maskable weights that is masked, in [0, 1). 0 trains the dense network."""
+    data: OptionalStr = None
+    """Archive (.npz or directory). Without it the embedded synthetic set is used."""
+    split: OptionalStr = None
+    """Evaluation protocol of the archive, e.g. xsub. Default: the archive's only or first one."""
+    fold: OptionalInt = None
+    """Fold to hold out, for data sets split into folds."""
+    layout: OptionalStr = None
+    """Skeleton layout: a name (nturgb+d, coco, ...) or a YAML/JSON file. Default: the archive's own."""
+    stream: str = "j"
+    """Input stream: j joints, b bones, jm, bm their motion; several joined by + enter together."""
+    missing: str = "keep"
+    """Lost or NaN joints: keep (NaN is an error), interpolate, zero or drop the frame."""
+    align: bool = True
+    """Turn 3D bodies upright and facing one way."""
+    sequences: OptionalInt = None
+    """Size of the synthetic set, training and test together."""
+
+    block: str = "8x1"
+    """Weight block, output x input channels. 1x1 is the paper's unstructured mask."""
+    method: str = "random"
+    """Which blocks live: random (balanced over the rows of a layer) or iid."""
+    density: str = "uniform"
+    """Share of each layer: uniform, or erk (more for small layers)."""
+    scope: str = "layer"
+    """Where the sparsity holds exactly: in each layer, in each network block, or global."""
+    lasso: float = 1.0
+    """Weight lambda of the group lasso during warm-up."""
+    lasso_schedule: str = "linear"
+    """lambda over the warm-up: linear from 0, or constant."""
+    lasso_step: str = "gradient"
+    """gradient: the penalty is part of the loss; proximal: masked weights are shrunk after each step."""
+    lasso_group: str = "block"
+    """One norm per network block (the paper's), per tensor, or one global norm."""
+
+    epochs: OptionalInt = None
+    """Epochs of both stages together."""
+    warmup_epochs: OptionalInt = None
+    """Epochs of the dense warm-up. Default: 0.6 of the epochs, a sixth on the synthetic set."""
+    batch_size: OptionalInt = None
+    """Sequences per step."""
+    clip_len: OptionalInt = None
+    """Frames sampled from each sequence."""
+    num_person: OptionalInt = None
+    """Persons per sequence; missing ones are zero. Default: as many as the archive has."""
+    lr: float = 0.1
+    """Learning rate per lr_reference_batch sequences; scaled linearly with the batch size and printed."""
+    lr_reference_batch: OptionalInt = None
+    """Batch size that --lr refers to. PYSKL: 128."""
+    momentum: float = 0.9
+    """Nesterov momentum of SGD."""
+    weight_decay: float = 5e-4
+    """Weight decay on every parameter."""
+    rotate: float = 0.0
+    """Largest random rotation of a training sequence about each axis, in radians."""
+    scale: float = 0.0
+    """Largest random change of size of a training sequence per axis, as a fraction."""
+
+    eval_every: OptionalInt = None
+    """Test on one clip per sequence every this many epochs, and at the end of each stage."""
+    eval_clips: int = 10
+    """Clips per sequence in the final test, probabilities averaged."""
+    seed: int = 0
+    """Seed of weights, pattern, order and sampling."""
+    device: OptionalStr = None
+    """cpu, cuda or cuda:N. Default: cuda if there is one."""
+    threads: OptionalInt = None
+    """CPU threads. Default: what torch chooses."""
+    workers: OptionalInt = None
+    """Processes that load data; 0 loads in the main process."""
+    work_dir: OptionalStr = None
+    """Directory for what the run writes. Default: a new one under runs/."""
+    config: OptionalStr = None
+    """YAML file of these keys; flags on the command line win."""
+    resume: OptionalStr = None
+    """Work directory of an interrupted run to continue exactly."""
+
+    @property
+    def learning_rate(self) -> float:
+        """``lr`` scaled linearly from the reference batch to the batch. Needs a resolved configuration."""
+        if self.batch_size is None or self.lr_reference_batch is None:
+            raise ValueError("Expected a resolved configuration, as config.resolved(preset) gives. Got no "
+                             "batch size.")
+        return self.lr * self.batch_size / self.lr_reference_batch
+
+    def resolved(self, preset: str) -> TrainConfig:
+        """A copy in which the keys that are None have the values of ``PRESETS[preset]``, checked again.
+
+        ``num_person``, ``split``, ``threads``, ``workers``, ``device`` and ``work_dir`` depend on the data or
+        the machine and stay as they are.
+        """
+        full = replace(self, **{k: v for k, v in PRESETS[preset].items() if getattr(self, k) is None})
+        if full.warmup_epochs is None and full.epochs is not None:
+            warmup = min(round(WARMUP[preset] * full.epochs), full.epochs - 1)
+            full.warmup_epochs = warmup if full.sparsity > 0 else 0
+        full.validate()
+        return full
+
+    def validate(self) -> None:
+        """Check everything that can be checked without the data.
+
+        Raises:
+            UserError: the first key that is out of range, with its flag and the fix.
+        """
+        from .backbones import BACKBONES
+        from .data.transforms import MISSING, streams_of
+        from .masks import DENSITIES, METHODS, SCOPES
+        from .sparsity import parse_block
+
+        one_of("--backbone", self.backbone, list(BACKBONES))
+        streams_of(self.stream)
+        one_of("--missing", self.missing, MISSING)
+        one_of("--method", self.method, list(METHODS))
+        one_of("--density", self.density, DENSITIES)
+        one_of("--scope", self.scope, SCOPES)
+        one_of("--lasso-schedule", self.lasso_schedule, SCHEDULES)
+        one_of("--lasso-step", self.lasso_step, LASSO_STEPS)
+        one_of("--lasso-group", self.lasso_group, GROUPS)
+        with validating("--block"):
+            parse_block(self.block)
+        if not 0 <= self.sparsity < 1:
+            raise UserError(f"Expected --sparsity in [0, 1), the fraction of weights masked (0.95 keeps "
+                            f"5 %). Got {self.sparsity:g}.")
+        for name in ("sequences", "epochs", "batch_size", "clip_len", "num_person", "lr_reference_batch",
+                     "eval_every", "eval_clips", "threads", "base_channels"):
+            self._at_least(name, 1)
+        for name in ("warmup_epochs", "workers", "fold", "seed"):
+            self._at_least(name, 0)
+        for name in ("lasso", "weight_decay", "rotate", "scale"):
+            self._number(name, 0 <= getattr(self, name) < math.inf, "a finite number >= 0")
+        self._number("lr", 0 < self.lr < math.inf, "a finite number > 0")
+        self._number("momentum", 0 < self.momentum < 1, "a number in (0, 1)")
+        if self.sparsity > 0 and self.epochs is not None and self.warmup_epochs is not None \
+                and self.warmup_epochs >= self.epochs:
+            raise UserError(f"Expected --warmup-epochs below --epochs ({self.epochs}), so that the live "
+                            f"blocks are fine-tuned. Got {self.warmup_epochs}.")
+        if self.data is not None and not Path(self.data).exists():
+            raise UserError(f"Expected --data to be an archive that exists. Got {self.data}; check the path, "
+                            "or leave --data out to train on the synthetic set.")
+        if self.data is not None and self.sequences is not None:
+            raise UserError("Expected --sequences without --data, as it sizes the synthetic set. Remove one "
+                            "of the two.")
+        if self.data is None and self.fold is not None:
+            raise UserError("Expected --fold together with --data. The synthetic set has no folds; remove "
+                            "--fold.")
+        if self.device is not None:
+            check_device(self.device)
+
+    def _at_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value is not None and value < least:
+            raise UserError(f"Expected {_flag(name)} >= {least}. Got {value}.")
+
+    def _number(self, name: str, good: bool, expected: str) -> None:
+        if not good:
+            raise UserError(f"Expected {_flag(name)} to be {expected}. Got {getattr(self, name):g}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key except ``config`` and ``resume``, which say how the run was called, not what it is."""
+        return {k: v for k, v in asdict(self).items() if k not in _NOT_RECORDED}
+
+    def write(self, path: str | Path) -> None:
+        """Write the keys as YAML; ``read`` gives the same configuration back."""
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: str | Path) -> TrainConfig:
+        """The configuration of a YAML file; keys that it does not set keep their defaults.
+
+        Raises:
+            UserError: no such file, not YAML, not a mapping, an unknown key, or a value of the wrong type.
+        """
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"Expected --config to be a file that can be read. Got {path}: "
+                            f"{error.strerror}.") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"Expected {path} to be YAML. Got: {error}.") from error
+        if content is None:
+            content = {}
+        if not isinstance(content, Mapping):
+            raise UserError(f"Expected {path} to hold 'key: value' lines. Got a {type(content).__name__}.")
+        kinds = get_type_hints(cls)
+        values: dict[str, Any] = {}
+        for key, value in content.items():
+            name = str(key).replace("-", "_")
+            one_of(f"each key of {path}", name, [f.name for f in fields(cls) if f.name not in _NOT_RECORDED])
+            values[name] = _coerce(name, value, kinds[name], path)
+        return cls(**values)
+
+
+def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> TrainConfig:
+    """The configuration of a command line: defaults, then the ``--config`` file, then flags.
+
+    With ``--resume D`` the configuration is D/config.yaml; a flag that would change what the run computes is
+    refused.
+
+    Raises:
+        UserError: a bad file or a bad combination. A flag that does not parse ends the process with code 2.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    early.add_argument("--resume")
+    known, _ = early.parse_known_args(argv)
+    default = TrainConfig()
+    if known.resume is not None:
+        if known.config is not None:
+            raise UserError("Expected --resume without --config, as the run keeps its own. Remove --config.")
+        recorded = Path(known.resume) / "config.yaml"
+        if not recorded.is_file():
+            raise UserError(f"Expected --resume to be the work directory of a run. Got {known.resume}, which "
+                            "has no config.yaml.")
+        default = TrainConfig.read(recorded)
+    elif known.config is not None:
+        default = TrainConfig.read(known.config)
+    config = tyro.cli(TrainConfig, args=argv, default=default, prog=prog)
+    if known.resume is not None:
+        # The directory may have been moved or renamed since it was written.
+        default.work_dir = config.work_dir = known.resume
+        changed = [_flag(f.name) for f in fields(config)
+                   if f.name not in _FREE_ON_RESUME and getattr(config, f.name) != getattr(default, f.name)]
+        if changed:
+            raise UserError(f"Expected --resume to continue the run unchanged. Got other values for "
+                            f"{', '.join(changed)}; leave them out, or start a new run.")
+    return config
+
+
+def check_device(name: str, argument: str = "--device") -> None:
+    """Check that torch knows the device and that it is there.
+
+    Raises:
+        UserError: an unknown name, or no such device on this machine.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"Expected {argument} to be cpu, cuda or cuda:N. Got {name!r}.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"Expected {argument} to be cpu, cuda or cuda:N. Got {name!r}.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"Expected {argument} to be a device of this machine. Got {name!r}, but torch sees "
+                        f"{torch.cuda.device_count()} CUDA devices; use --device cpu.")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _coerce(name: str, value: Any, kind: Any, path: str | Path) -> Any:
+    """``value`` as the field's type. YAML 1.1 reads 5e-4 as text and 1 as integer; both are good floats."""
+    options = getattr(kind, "__args__", (kind,))
+    if value is None and type(None) in options:
+        return None
+    target = next(option for option in options if option is not type(None))
+    if target is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif type(value) is target:
+        return value
+    raise UserError(f"Expected {name} in {path} to be {target.__name__}. Got {value!r}.")

@@ -1,0 +1,72 @@
+"""Accuracy of scores (N, classes) against labels (N,): exact, in NumPy."""
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["confusion_matrix", "mean_class_accuracy", "summary", "top_k_accuracy"]
+
+
+def top_k_accuracy(scores: ArrayLike, labels: ArrayLike, k: int = 1) -> float:
+    """Fraction of samples whose label is among the k classes of highest score.
+
+    A label's rank is the number of classes with a higher score, plus the number of classes of equal score and
+    lower index, so that a network that gives every class the same score does not get everything right. k
+    above the number of classes counts as that number.
+
+    Args:
+        scores: (N, classes), any monotone scores: logits or probabilities.
+        labels: (N,) integers in [0, classes).
+
+    Raises:
+        ValueError: wrong shapes, N = 0, a score that is NaN, a label out of range, or k < 1.
+    """
+    scores, labels = _checked(scores, labels)
+    if k < 1:
+        raise ValueError(f"Expected k >= 1. Got {k}.")
+    own = scores[np.arange(len(labels)), labels][:, None]
+    before = np.arange(scores.shape[1]) < labels[:, None]
+    rank = ((scores > own) | ((scores == own) & before)).sum(1)
+    return float((rank < k).mean())
+
+
+def confusion_matrix(scores: ArrayLike, labels: ArrayLike) -> NDArray[np.int64]:
+    """Counts (classes, classes): [i, j] = samples of class i whose best class is j (the lowest on ties)."""
+    scores, labels = _checked(scores, labels)
+    classes = scores.shape[1]
+    return np.bincount(labels * classes + scores.argmax(1), minlength=classes * classes).reshape(classes,
+                                                                                                 classes)
+
+
+def mean_class_accuracy(scores: ArrayLike, labels: ArrayLike) -> float:
+    """Mean over the classes that occur in ``labels`` of the recall of each (the headline figure of FineGYM).
+
+    PYSKL (core/evaluation.py) also counts a class that is only predicted, with recall 0; where every class
+    has a test sample, the two are the same.
+    """
+    counts = confusion_matrix(scores, labels)
+    total = counts.sum(1)
+    present = total > 0
+    return float((counts.diagonal()[present] / total[present]).mean())
+
+
+def summary(scores: ArrayLike, labels: ArrayLike) -> dict[str, float]:
+    """``top1``, ``top5`` and ``mean_class`` as fractions."""
+    return {"top1": top_k_accuracy(scores, labels, 1), "top5": top_k_accuracy(scores, labels, 5),
+            "mean_class": mean_class_accuracy(scores, labels)}
+
+
+def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.floating], NDArray[np.int64]]:
+    scores, labels = np.asarray(scores), np.asarray(labels)
+    if scores.ndim != 2 or labels.shape != scores.shape[:1]:
+        raise ValueError(f"Expected scores (N, classes) and labels (N,). Got {scores.shape} and "
+                         f"{labels.shape}.")
+    if not len(labels):
+        raise ValueError("Expected at least one sample. Got none; check the split.")
+    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= scores.shape[1]:
+        raise ValueError(f"Expected integer labels in [0, {scores.shape[1]}). Got {labels.dtype} in "
+                         f"[{labels.min()}, {labels.max()}].")
+    if np.isnan(scores).any():
+        raise ValueError("Expected scores without NaN. Got NaN; the network's weights or its input are "
+                         "broken.")
+    return scores, labels.astype(np.int64)

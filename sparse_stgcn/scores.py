@@ -1,0 +1,107 @@
+"""Scores: what a network says about each sample of a split, and the file that holds it."""
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from .checkpoint import write_atomically
+from .metrics import summary
+
+__all__ = ["Scores", "accuracy", "predict"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of N samples.
+
+    Attributes:
+        sample: (N,) text, the id of each sample, unique.
+        label: (N,) int64, 0-based class.
+        probability: (N, classes) float32, softmax of each clip, then the mean over the clips.
+        logit: (N, classes) float32, mean over the clips.
+        protocol: how they came about: data set, split, stream, clips, clip length ...
+    """
+
+    sample: NDArray[np.str_]
+    label: NDArray[np.int64]
+    probability: NDArray[np.float32]
+    logit: NDArray[np.float32]
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+
+    def metrics(self) -> dict[str, float]:
+        """top1, top5 and mean_class of the probabilities, as fractions."""
+        return summary(self.probability, self.label)
+
+    def save(self, path: str | Path) -> None:
+        """Write a compressed ``.npz`` with the attributes as keys; ``protocol`` is JSON text."""
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, sample=self.sample, label=self.label, probability=self.probability,
+                            logit=self.logit, protocol=np.array(json.dumps(dict(self.protocol))))
+        write_atomically(path, buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Read a file written by :meth:`save`.
+
+        Raises:
+            ValueError: not such a file, or arrays that do not fit together.
+            OSError: the file cannot be read.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                protocol = json.loads(str(file["protocol"]))
+                scores = cls(file["sample"], file["label"], file["probability"], file["logit"], protocol)
+        except (KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
+            raise ValueError(f"Expected {path} to be a score file written by evaluate. "
+                             f"Got: {error}.") from error
+        if scores.probability.ndim != 2 or scores.logit.shape != scores.probability.shape \
+                or not scores.label.shape == scores.sample.shape == scores.probability.shape[:1]:
+            raise ValueError(f"Expected {path} to hold sample (N,), label (N,), probability and logit (N, "
+                             f"classes). Got {scores.sample.shape}, {scores.label.shape}, "
+                             f"{scores.probability.shape} and {scores.logit.shape}.")
+        return scores
+
+
+@torch.no_grad()
+def predict(model: nn.Module, dataset: Dataset, sample: Sequence[str] | NDArray[np.str_] | None = None,
+            batch_size: int = 32, workers: int = 0, protocol: Mapping[str, Any] | None = None) -> Scores:
+    """Scores of every item of ``dataset``, in evaluation mode; the model's mode is restored.
+
+    Args:
+        dataset: gives (keypoint, label, index) with keypoint (M, T, V, C) or (clips, M, T, V, C).
+        sample: the id of each index; its number by default.
+        batch_size: clips per forward pass, at least.
+    """
+    device = next(model.parameters()).device
+    clips = dataset[0][0].shape[0] if dataset[0][0].ndim == 5 else 1
+    loader = DataLoader(dataset, batch_size=max(1, batch_size // clips), num_workers=workers)
+    training, logits, labels, indices = model.training, [], [], []
+    model.eval()
+    try:
+        for keypoint, label, index in loader:
+            flat = keypoint.to(device).reshape(-1, *keypoint.shape[-4:])
+            logits.append(model(flat).float().cpu().reshape(len(label), clips, -1))
+            labels.append(label)
+            indices.append(index)
+    finally:
+        model.train(training)
+    logit, index = torch.cat(logits), torch.cat(indices).numpy()
+    names = np.array([str(i) if sample is None else str(sample[i]) for i in index])
+    return Scores(names, torch.cat(labels).numpy().astype(np.int64), logit.softmax(2).mean(1).numpy(),
+                  logit.mean(1).numpy(), dict(protocol or {}))
+
+
+def accuracy(model: nn.Module, dataset: Dataset, batch_size: int = 32, workers: int = 0) -> float:
+    """Top-1 accuracy over ``dataset``, as a fraction."""
+    return predict(model, dataset, batch_size=batch_size, workers=workers).metrics()["top1"]

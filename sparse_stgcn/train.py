@@ -1,0 +1,72 @@
+"""python -m sparse_stgcn.train: train a network in two stages, test it, and write it to a work directory."""
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from .config import TrainConfig, parse
+from .errors import run
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; see ``--help``. Errors are for ``errors.run`` to report."""
+    config = parse(argv, prog="python -m sparse_stgcn.train")
+    from .training.run import prepare
+
+    job = prepare(config)
+    line = job.trainer.report.line
+    for text in introduction(job.config, job):
+        line(text)
+    try:
+        job.fit()
+    except KeyboardInterrupt:
+        print(f"\nstopped; continue with: python -m sparse_stgcn.train --resume {job.work_dir}",
+              file=sys.stderr)
+        raise
+    for text in conclusion(job.finish()):
+        line(text)
+    line(f"files     {job.work_dir}; test again with: python -m sparse_stgcn.evaluate {job.work_dir}")
+    return 0
+
+
+def introduction(config: TrainConfig, job: Any) -> list[str]:
+    """What is about to happen, with every number that was not given."""
+    archive, trainer = job.archive, job.trainer
+    source = "the embedded synthetic set (no --data)" if config.data is None else config.data
+    stages = (f"{config.epochs} epochs, {config.warmup_epochs} of them dense warm-up" if config.sparsity
+              else f"{config.epochs} epochs, dense")
+    return [
+        f"data      {source}: {len(trainer.train_set)} training and {len(trainer.test_set)} test sequences, "
+        f"{archive.num_classes} classes, split {archive.info.get('split')}, stream {config.stream}",
+        f"network   {config.backbone}, {archive.skeleton.name} layout, "
+        + ("dense" if not config.sparsity else f"sparsity {config.sparsity:g}, block {config.block}, "
+                                               f"{config.density}"),
+        f"recipe    {stages}, batch {config.batch_size}, {config.clip_len} frames, seed {config.seed}",
+        f"rate      {config.learning_rate:.4g} = {config.lr:g} x {config.batch_size} / "
+        f"{config.lr_reference_batch}, cosine to 0; momentum {config.momentum:g}, weight decay "
+        f"{config.weight_decay:g}",
+        f"machine   {config.device}, {config.threads} threads; work directory {job.work_dir}",
+    ]
+
+
+def conclusion(result: dict[str, Any]) -> list[str]:
+    """The figures at the end of a run."""
+    test, weights, file = result["test"], result["weights"], result["file"]
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in result["seconds"].items())
+    return [
+        f"test      top-1 {test['top1']:.2%}, top-5 {test['top5']:.2%}, mean class {test['mean_class']:.2%} "
+        f"({test['protocol']['clips']} clips, {test['samples']} sequences, last epoch)",
+        f"kept      {weights['maskable_kept']:,} of {weights['maskable']:,} maskable weights "
+        f"({weights['maskable_kept_fraction']:.2%}), {weights['all_kept']:,} of {weights['all']:,} "
+        f"parameters ({weights['all_kept_fraction']:.2%})",
+        f"file      {file['bytes'] / 1e3:,.0f} kB, dense {file['dense_bytes'] / 1e3:,.0f} kB "
+        f"({file['times_smaller']:.1f} times smaller)",
+        f"time      {seconds}",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

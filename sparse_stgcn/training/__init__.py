@@ -1,0 +1,1 @@
+"""Training: the two-stage method (generator), the epoch loop (loop) and its resume file (state)."""

@@ -1,0 +1,234 @@
+"""One training run from its configuration: what is checked and built first, and what is reported last."""
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import checkpoint
+from ..backbones import BACKBONES, create_model
+from ..config import PRESETS, SMALL, TrainConfig
+from ..data import synthetic
+from ..data.archive import Archive
+from ..data.dataset import SkeletonDataset
+from ..errors import UserError, validating
+from ..kernels import backends
+from ..scores import predict
+from ..sparsity import sparsify, summary
+from .checkpoint import load_model
+from .loop import STATE, Trainer
+from .report import Report
+
+__all__ = ["Run", "network", "open_archive", "prepare", "test_set"]
+
+SYNTHETIC_SEED = 0  # the set is the same for every --seed, so that runs can be compared
+
+
+@dataclass
+class Run:
+    """A run that is ready to train: everything in it has been checked."""
+
+    config: TrainConfig
+    archive: Archive
+    model: nn.Module
+    trainer: Trainer
+    work_dir: Path
+
+    def fit(self) -> None:
+        """Train the epochs that are left."""
+        self.trainer.fit()
+
+    def finish(self) -> dict[str, Any]:
+        """Test, write ``scores.npz``, ``model.safetensors`` and ``result.json``; the content of the last."""
+        config, history, start = self.config, self.trainer.history, time.perf_counter()
+        dataset = test_set(config, self.archive)
+        scores = predict(self.model, dataset, dataset.sample_ids, self.trainer.batch_size,
+                         self.trainer.workers, protocol(config, self.archive))
+        seconds = {stage: sum(r["seconds"] for r in history if r["stage"] == stage)
+                   for stage in dict.fromkeys(r["stage"] for r in history)}
+        seconds["evaluation"] = sum(r.get("test_seconds", 0.0) for r in history)
+        seconds["test"] = time.perf_counter() - start
+        tested = [record for record in history if "test_accuracy" in record]
+        best = max(tested, key=lambda record: record["test_accuracy"])
+        kept, metrics = summary(self.model), scores.metrics()
+        scores.save(self.work_dir / "scores.npz")
+        size = checkpoint.save(
+            self.model, self.work_dir / "model.safetensors", label_names=list(self.archive.label_names),
+            protocol=dict(scores.protocol), metrics=metrics, sparsity=config.sparsity, seed=config.seed)
+        dense = checkpoint.dense_bytes(self.model)
+        result = {
+            "test": {**metrics, "samples": len(scores.label), "protocol": dict(scores.protocol)},
+            "one_clip": {"last": tested[-1]["test_accuracy"], "best": best["test_accuracy"],
+                         "best_epoch": best["epoch"], "best_is_chosen_on": "the test split"},
+            "weights": {"maskable": kept.maskable, "maskable_kept": kept.kept, "all": kept.parameters,
+                        "all_kept": kept.kept_parameters, "maskable_kept_fraction": kept.kept_fraction,
+                        "all_kept_fraction": kept.kept_parameters_fraction},
+            "file": {"bytes": size, "dense_bytes": dense, "times_smaller": dense / size},
+            "seconds": seconds,
+            "environment": environment(self.trainer.device),
+            "config": config.to_dict(),
+            "history": history,
+        }
+        text = json.dumps(result, indent=1) + "\n"
+        checkpoint.write_atomically(self.work_dir / "result.json", text.encode())
+        return result
+
+
+def prepare(config: TrainConfig, report: Report | None = None) -> Run:
+    """Check and build everything that training needs, then create the work directory.
+
+    Raises:
+        UserError: whatever is wrong with the configuration or the data; nothing has been written then.
+    """
+    config.validate()
+    # A run that stopped in its first epoch has no state yet: its continuation is the run from the start.
+    state = None if config.resume is None else Path(config.resume) / STATE
+    resuming = state is not None and state.exists()
+    archive = open_archive(config)
+    full = resolve(config, archive)
+    train_set = dataset(full, archive, "train", train=True)
+    archive.check_classes("train")
+    quick_test = test_set(replace(full, eval_clips=1), archive)
+    set_up_torch(full)
+    model = network(full, archive)
+    with validating():
+        if state is not None and resuming:
+            load_model(state, model)
+        elif full.sparsity > 0:
+            sparsify(model, full.sparsity, full.block, full.method, full.density, full.scope, full.seed)
+    work_dir = Path(full.work_dir) if full.work_dir else new_work_dir(full, archive)
+    if config.resume is None:
+        create_work_dir(work_dir)
+        full.work_dir = str(work_dir)
+        full.write(work_dir / "config.yaml")
+    trainer = Trainer(full, model.to(full.device), train_set, quick_test, work_dir, report)
+    if resuming:
+        with validating("--resume"):
+            trainer.resume()
+    return Run(full, archive, model, trainer, work_dir)
+
+
+def open_archive(config: TrainConfig) -> Archive:
+    """The archive of ``config.data`` with the chosen split as "train" and "test", or the synthetic set.
+
+    Raises:
+        UserError: it cannot be read, its parts do not fit together, or it has no such split.
+    """
+    from ..skeleton import Skeleton
+
+    if config.data is None:
+        archive = synthetic.make(config.sequences or PRESETS["synthetic"]["sequences"], SYNTHETIC_SEED)
+        if config.layout is not None:
+            with validating("--layout"):
+                archive = replace(archive, skeleton=Skeleton.load(config.layout))
+    else:
+        if Path(config.data).is_file() and Path(config.data).suffix != ".npz":
+            raise UserError(f"Expected --data to be an archive directory or an .npz file. Got {config.data}; "
+                            f"make one with python -m sparse_stgcn.convert {config.data} OUT.")
+        with validating("--data"):
+            archive = Archive.open(config.data, config.layout)
+    return archive.with_split(config.split) if config.fold is None else archive.fold(config.fold)
+
+
+def resolve(config: TrainConfig, archive: Archive) -> TrainConfig:
+    """The configuration with every value that depends on the data or on the machine filled in."""
+    size = int(archive.train.sum())
+    preset = "synthetic" if config.data is None else "small" if size < SMALL else "large"
+    full = config.resolved(preset)
+    if full.device is None:
+        full.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if full.threads is None:
+        full.threads = torch.get_num_threads()
+    if full.workers is None:
+        full.workers = min(4, os.cpu_count() or 1) if preset == "large" and full.device != "cpu" else 0
+    if full.num_person is None:
+        full.num_person = archive.num_persons
+    return full
+
+
+def dataset(config: TrainConfig, archive: Archive, split: str, train: bool) -> SkeletonDataset:
+    """Clips of one split as the configuration describes them."""
+    return SkeletonDataset(
+        archive, split, config.stream, config.clip_len or 1, config.eval_clips, train, config.seed,
+        config.num_person, config.align, config.rotate if train else 0.0, config.scale if train else 0.0,
+        config.missing)
+
+
+def test_set(config: TrainConfig, archive: Archive) -> SkeletonDataset:
+    """The test split, ``eval_clips`` fixed clips per sequence."""
+    return dataset(config, archive, "test", train=False)
+
+
+def network(config: TrainConfig, archive: Archive) -> nn.Module:
+    """The dense network for this data, initialised from the seed."""
+    with validating():
+        return create_model(config.backbone, archive.num_classes, layout=archive.skeleton,
+                            in_channels=3 * len(config.stream.split("+")), base_channels=config.base_channels,
+                            **fixed_persons(config.backbone, config.num_person))
+
+
+def fixed_persons(backbone: str, num_person: int | None) -> dict[str, Any]:
+    """``num_person`` as an argument of ``create_model``, for the backbones whose input norm fixes it."""
+    fixed = "num_person" in inspect.signature(BACKBONES[backbone]).parameters
+    return {"num_person": num_person} if fixed else {}
+
+
+def protocol(config: TrainConfig, archive: Archive) -> dict[str, Any]:
+    """How test scores come about, for score files and checkpoints."""
+    return {"data": archive.name, "split": archive.info.get("split"), "backbone": config.backbone,
+            "sparsity": config.sparsity, "stream": config.stream, "clips": config.eval_clips,
+            "clip_len": config.clip_len, "num_person": config.num_person, "align": config.align,
+            "missing": config.missing, "layout": archive.skeleton.name,
+            "average": "softmax, then mean over clips"}
+
+
+def set_up_torch(config: TrainConfig) -> None:
+    """Seed, threads, and arithmetic that gives the same numbers in every run."""
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    torch.manual_seed(config.seed)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def new_work_dir(config: TrainConfig, archive: Archive) -> Path:
+    """runs/BACKBONE-DATA-STREAM-SPARSITY, with a number where that exists."""
+    name = f"{config.backbone}-{archive.name}-{config.stream}-{config.sparsity:g}"
+    path, number = Path("runs") / name, 1
+    while path.exists():
+        number += 1
+        path = Path("runs") / f"{name}-{number}"
+    return path
+
+
+def create_work_dir(path: Path) -> None:
+    """Create it.
+
+    Raises:
+        UserError: it holds a run already, or it cannot be created.
+    """
+    if (path / "config.yaml").exists():
+        raise UserError(f"Expected --work-dir to be a new or empty directory. Got {path}, which holds a run; "
+                        f"choose another, or continue it with --resume {path}.")
+    with validating("--work-dir"):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def environment(device: torch.device) -> Mapping[str, Any]:
+    """What the figures of a run depend on besides its configuration."""
+    from .. import __version__
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"sparse_stgcn": __version__, "torch": torch.__version__, "python": platform.python_version(),
+            "device": f"{device.type}: {name}", "threads": torch.get_num_threads(),
+            "processors": os.cpu_count(), "backends": backends()}
