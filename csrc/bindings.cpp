@@ -30,6 +30,16 @@ View<const S> view(Address data, const Sizes& stride) {
   return {(const S*)data, {stride[0], stride[1], stride[2], stride[3]}};
 }
 
+using Addresses = std::vector<Address>;
+using Strides = std::vector<Sizes>;
+
+DynamicShape dynamic_shape(const Sizes& size) { return {size[0], size[1], size[2], size[3], size[4], size[5]}; }
+
+template <class S>
+GroupView<const S> group_view(Address data, const Sizes& stride) {
+  return {(const S*)data, {stride[0], stride[1], stride[2], stride[3], stride[4]}};
+}
+
 TemporalShape temporal_shape(const Sizes& size) { return {size[0], size[1], size[2], size[3], size[4], size[5]}; }
 
 template <class S>
@@ -165,6 +175,57 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Fused>(m, "Fused")
       .def(py::init<const py::dict&, const py::buffer&, const py::buffer&, const py::list&>())
       .def("run", &Fused::run);
+
+  // Dynamic aggregations: shape = (N, K, C, R, T, V). A list of addresses and a list of strides, in the order of the op.
+  m.def("aa_forward", [](bool is_double, const Sizes& shape, const Addresses& t, const Strides& stride, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.aa_forward(dynamic_shape(shape), view<S>(t[0], stride[0]), view<S>(t[1], stride[1]), view<S>(t[2], stride[2]),
+                     (const S*)t[3], (const S*)t[4], (S*)t[5], threads);
+    });
+  });
+  m.def("aa_backward", [](bool is_double, const Sizes& shape, const Addresses& t, const Strides& stride, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.aa_backward(dynamic_shape(shape), view<S>(t[0], stride[0]), view<S>(t[1], stride[1]), view<S>(t[2], stride[2]),
+                      (const S*)t[3], (const S*)t[4], view<S>(t[5], stride[3]), (S*)t[6], (S*)t[7], (S*)t[8], (S*)t[9],
+                      (S*)t[10], threads);
+    });
+  });
+  m.def("ctr_forward", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
+                          const Addresses& t, const Strides& stride, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.ctr_forward(dynamic_shape(shape), pattern(size, index), view<S>(t[0], stride[0]), view<S>(t[1], stride[1]),
+                      view<S>(t[2], stride[2]), (const S*)t[3], (const S*)t[4], (const S*)t[5], (const S*)t[6], (S*)t[7],
+                      threads);
+    });
+  });
+  m.def("ctr_backward", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
+                           const Addresses& t, const Strides& stride, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.ctr_backward(dynamic_shape(shape), pattern(size, index), view<S>(t[0], stride[0]), view<S>(t[1], stride[1]),
+                       view<S>(t[2], stride[2]), (const S*)t[3], (const S*)t[4], (const S*)t[5], (const S*)t[6],
+                       view<S>(t[7], stride[3]), (S*)t[8], (S*)t[9], (S*)t[10], (S*)t[11], (S*)t[12], (S*)t[13], (S*)t[14],
+                       threads);
+    });
+  });
+  m.def("dg_forward", [](bool is_double, const Sizes& shape, const Addresses& t, const Strides& stride, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.dg_forward(dynamic_shape(shape), group_view<S>(t[0], stride[0]), view<S>(t[1], stride[1]), view<S>(t[2], stride[2]),
+                     (const S*)t[3], (const S*)t[4], (const S*)t[5], (S*)t[6], threads);
+    });
+  });
+  m.def("dg_backward", [](bool is_double, const Sizes& shape, const Addresses& t, const Strides& stride, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.dg_backward(dynamic_shape(shape), group_view<S>(t[0], stride[0]), view<S>(t[1], stride[1]), view<S>(t[2], stride[2]),
+                      (const S*)t[3], (const S*)t[4], (const S*)t[5], group_view<S>(t[6], stride[3]), (S*)t[7], (S*)t[8],
+                      (S*)t[9], (S*)t[10], (S*)t[11], (S*)t[12], threads);
+    });
+  });
 
   m.def("lasso_square", [](bool is_double, const std::array<int64_t, 3>& size, Address w, const std::array<int64_t, 3>& stride,
                            Address kept) {

@@ -40,6 +40,18 @@ struct Lasso {
   S scale;
 };
 
+// Of the aggregations with graphs from the sample: x (N, K, C, T, V) with embeddings of R rows; K is 1 but for dg_aggregate.
+struct DynamicShape {
+  int64_t N, K, C, R, T, V;
+};
+
+// A tensor (N, K, C, T, V) with any strides.
+template <class S>
+struct GroupView {
+  S* data;
+  int64_t stride[5];
+};
+
 template <class S>
 struct Ops {
   void (*temporal_forward)(const TemporalShape&, const Pattern&, View<const S> x, const S* values, const S* bias, S* y,
@@ -56,6 +68,23 @@ struct Ops {
   double (*lasso_square)(int64_t O, int64_t I, int64_t K, const S* w, const int64_t stride[3], const uint8_t* kept);
   void (*lasso_gradient)(int64_t O, int64_t I, int64_t K, const S* w, const int64_t stride[3], const uint8_t* kept,
                          S scale, S* gradient);
+
+  // Small arguments (alpha, beta, A, weights) are contiguous. x1 and x2 of ctr are (N, R, V): stride[2] is not read; a pattern
+  // without row_ptr is a dense weight (C, R).
+  void (*aa_forward)(const DynamicShape&, View<const S> x, View<const S> a, View<const S> b, const S* alpha, const S* A, S* y,
+                     int threads);
+  void (*aa_backward)(const DynamicShape&, View<const S> x, View<const S> a, View<const S> b, const S* alpha, const S* A,
+                      View<const S> dy, S* dx, S* da, S* db, S* dalpha, S* dA, int threads);
+  void (*ctr_forward)(const DynamicShape&, const Pattern&, View<const S> x1, View<const S> x2, View<const S> x3,
+                      const S* weight, const S* bias, const S* alpha, const S* A, S* y, int threads);
+  void (*ctr_backward)(const DynamicShape&, const Pattern&, View<const S> x1, View<const S> x2, View<const S> x3,
+                       const S* weight, const S* bias, const S* alpha, const S* A, View<const S> dy, S* dx1, S* dx2, S* dx3,
+                       S* dweight, S* dbias, S* dalpha, S* dA, int threads);
+  void (*dg_forward)(const DynamicShape&, GroupView<const S> x, View<const S> x1, View<const S> x2, const S* alpha,
+                     const S* beta, const S* A, S* y, int threads);
+  void (*dg_backward)(const DynamicShape&, GroupView<const S> x, View<const S> x1, View<const S> x2, const S* alpha,
+                      const S* beta, const S* A, GroupView<const S> dy, S* dx, S* dx1, S* dx2, S* dalpha, S* dbeta, S* dA,
+                      int threads);
 };
 
 struct Table {

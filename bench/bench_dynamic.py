@@ -1,0 +1,78 @@
+"""Graphs from the sample: native aggregations against the dense PyTorch reference, forward and backward. 4 persons, V = 25."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_stgcn.kernels import BlockPattern, reference_dynamic
+from sparse_stgcn.kernels.dynamic import aa_aggregate, ctr_aggregate, dg_aggregate
+
+SHAPES = [(64, 100), (128, 50), (256, 25)]
+OPS = ["aa", "ctr", "ctr_sparse", "dg"]
+N, V, K = 4, 25, 8
+
+
+def case(op: str, channels: int, frames: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+    """The native op, its reference and their arguments, in the sizes of the backbones; conv4 of ctr_sparse keeps one of its
+    inputs for every eight channels."""
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(shape, generator=generator)
+    graph, alpha = normal(V, V) / 5, torch.tensor([0.7])
+    x = normal(N, channels, frames, V)
+    if op == "aa":
+        a, b = normal(N, channels // 4, frames, V), normal(N, channels // 4, frames, V)
+        return aa_aggregate, reference_dynamic.aa_aggregate, [x, a, b, alpha, graph]
+    if op == "dg":
+        inner = channels // K
+        x1, x2 = normal(N, K, inner, V), normal(N, K, inner, V)
+        arguments = [x.unflatten(1, (K, inner)), x1, x2, alpha, alpha / 2, normal(K, V, V) / 5]
+        return dg_aggregate, reference_dynamic.dg_aggregate, arguments
+    rank = channels // 8
+    weight, pattern = normal(channels, rank), None
+    if op == "ctr_sparse":
+        live = torch.arange(rank)[:, None, None] == torch.randint(rank, (1, rank, 1), generator=generator)
+        pattern = BlockPattern.from_blocks(live.transpose(0, 1), (channels, rank, 1), (8, 1))
+        weight = pattern.gather(weight[..., None])
+    arguments = [normal(N, rank, V), normal(N, rank, V), x, weight / rank**0.5, normal(channels), alpha, graph]
+    native, reference = (partial(op, conv4_pattern=pattern) for op in (ctr_aggregate, reference_dynamic.ctr_aggregate))
+    return native, reference, arguments
+
+
+def in_double(function: Callable[..., Tensor], arguments: list[Tensor]) -> Tensor:
+    return function(*(argument.double() for argument in arguments))
+
+
+@pytest.mark.parametrize(("channels", "frames"), SHAPES, ids=lambda v: str(v))
+@pytest.mark.parametrize("engine", ["native", "reference"])
+@pytest.mark.parametrize("op", OPS)
+def bench_forward(checked, op, engine, channels, frames):
+    native, reference, arguments = case(op, channels, frames)
+    run = native if engine == "native" else reference
+
+    def forward() -> Tensor:
+        with torch.inference_mode():
+            return run(*arguments)
+
+    checked(forward, lambda: in_double(reference, arguments), tolerance=1e-5)
+
+
+@pytest.mark.parametrize(("channels", "frames"), SHAPES, ids=lambda v: str(v))
+@pytest.mark.parametrize("engine", ["native", "reference"])
+@pytest.mark.parametrize("op", OPS)
+def bench_backward(checked, op, engine, channels, frames):
+    """The gradients of all arguments together; that of x is compared."""
+    native, reference, arguments = case(op, channels, frames)
+    at = 2 if op.startswith("ctr") else 0
+    dy = torch.randn(arguments[at].shape, generator=torch.Generator().manual_seed(1))
+
+    def gradient(function: Callable[..., Tensor], dtype: torch.dtype) -> Callable[[], Tensor]:
+        leaves = [argument.to(dtype).clone().requires_grad_() for argument in arguments]
+        y, probe = function(*leaves), dy.to(dtype)
+        return lambda: torch.autograd.grad(y, leaves, probe, retain_graph=True)[at]
+
+    run = gradient(native if engine == "native" else reference, torch.float32)
+    checked(run, gradient(reference, torch.float64), tolerance=1e-5)

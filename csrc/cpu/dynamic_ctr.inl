@@ -1,0 +1,204 @@
+// ctr_aggregate: y[n,c,t,w] = sum over v of x3[n,c,t,v] G[n,c,v,w], with D[r,v,w] = tanh(x1[n,r,v] - x2[n,r,w]) and
+// G[n,c] = A + alpha (b4[c] + sum over live (c,r) of W4[c,r] D[r]). Reference: kernels/reference_dynamic.py.
+//
+// Rank, not channels: D exists for one sample, and only for those r that a live block reads. G is mixed for 8 channels at a
+// time by the register tiles of the convolutions (tile.inl), a map being a row of V * ld pixels: gather makes G, dot makes
+// dW4[c,r] = alpha <dG[c], D[r]>, scatter makes dD[r] += alpha W4[c,r] dG[c]. Backward keeps all maps transposed.
+
+constexpr int64_t mix_rows = 8;
+
+// W4 (dense (C, R), or its live blocks) as entries of the tiles, scaled by alpha. Every block row begins with one more entry
+// of weight 1 that reads map 0, which is A. Maps 1 to `live` are D, the last one is zeros for inputs past the ragged edge.
+template <class S>
+struct Mix {
+  const DynamicShape& s;
+  const Pattern& p;
+  const Joints<S> j;
+  int64_t live = 0;
+  int32_t *slot, *first, *offset;  // slot: the map of r, 0 if no block reads it
+  S *weight, *bias;
+
+  static bool dense(const Pattern& p) { return !p.row_ptr; }
+  static int64_t entries(const DynamicShape& s, const Pattern& p) {
+    return p.rows + (dense(p) ? p.rows * s.R : p.blocks * p.bi);
+  }
+  static size_t room(const DynamicShape& s, const Pattern& p) {
+    return Scratch::room<int32_t>(s.R) + Scratch::room<int32_t>(p.rows + 1) + Scratch::room<int32_t>(entries(s, p)) +
+           Scratch::room<S>(entries(s, p) * p.bo) + Scratch::room<S>(s.C);
+  }
+
+  Mix(const DynamicShape& shape, const Pattern& pattern, const S* w, const S* b, S alpha, Scratch& scratch)
+      : s(shape), p(pattern), j(shape.V) {
+    slot = scratch.take<int32_t>(s.R);
+    first = scratch.take<int32_t>(p.rows + 1);
+    offset = scratch.take<int32_t>(entries(s, p));
+    weight = scratch.take<S>(entries(s, p) * p.bo);
+    bias = scratch.take<S>(s.C);
+    first[0] = 0;
+    for (int64_t g = 0; g < p.rows; g++)
+      first[g + 1] = first[g] + 1 + (int32_t)(dense(p) ? s.R : (p.row_ptr[g + 1] - p.row_ptr[g]) * p.bi);
+    std::memset(slot, 0, s.R * sizeof(int32_t));
+    each([&](int64_t, int64_t, int64_t r, int64_t, int64_t) { if (r < s.R) slot[r] = 1; });
+    for (int64_t r = 0; r < s.R; r++)
+      if (slot[r]) slot[r] = (int32_t)++live;
+    for (int64_t g = 0; g < p.rows; g++) {
+      offset[first[g]] = 0;
+      for (int64_t o = 0; o < p.bo; o++) weight[first[g] * p.bo + o] = 1;
+    }
+    each([&](int64_t g, int64_t e, int64_t r, int64_t at, int64_t step) {
+      offset[e] = (int32_t)((r < s.R ? slot[r] : live + 1) * j.map);
+      for (int64_t o = 0; o < p.bo; o++) weight[e * p.bo + o] = o < live_rows(p, g) ? alpha * w[at + o * step] : 0;
+    });
+    for (int64_t c = 0; c < s.C; c++) bias[c] = alpha * b[c];
+  }
+
+  // body(block row, entry, r, at, step): output o of the entry is element at + o * step of the caller's weight.
+  template <class F>
+  void each(F body) const {
+    for (int64_t g = 0; g < p.rows; g++)
+      for (int64_t e = first[g] + 1; e < first[g + 1]; e++) {
+        const int64_t k = e - first[g] - 1;
+        if (dense(p)) { body(g, e, k, g * p.bo * s.R + k, s.R); continue; }
+        const int64_t entry = p.row_ptr[g] * p.bi + k;
+        body(g, e, p.input[entry / p.bi] * p.bi + entry % p.bi, entry * p.bo, 1);
+      }
+  }
+
+  int64_t panel_size() const { return (live + 2) * j.map; }
+  Entries<S> row(int64_t g, int64_t o) const {
+    return {offset + first[g], weight + first[g] * p.bo + o, first[g + 1] - first[g], p.bo};
+  }
+
+  // D of sample n; transposed: the rows are the joints w that receive. work: four padded rows.
+  void maps(View<const S> x1, View<const S> x2, int64_t n, bool transposed, S* panel, S* work) const {
+    View<const S> &rows = transposed ? x2 : x1, &columns = transposed ? x1 : x2;
+    for (int64_t r = 0; r < s.R; r++) {
+      if (!slot[r]) continue;
+      const S* a = rows.data + n * rows.stride[0] + r * rows.stride[1];
+      const S* b = columns.data + n * columns.stride[0] + r * columns.stride[1];
+      pack_joints(a, rows.stride[3], j, a[0], work);
+      pack_joints(b, columns.stride[3], j, b[0], work + j.ld);
+      S* to = panel + slot[r] * j.map;
+      const int64_t ld = j.ld;
+      tanh_map<S>(work, work + ld, j, transposed ? -1 : 1, work + 2 * ld,
+                  [=](int64_t v, int64_t i, Vec<S> t) __attribute__((always_inline)) { store(to + v * ld + i * lanes<S>, t); });
+    }
+  }
+};
+
+template <class S>
+void ctr_forward(const DynamicShape& s, const Pattern& p, View<const S> x1, View<const S> x2, View<const S> x3, const S* weight,
+                 const S* bias, const S* alpha, const S* A, S* y, int threads) {
+  call_scratch.reserve(Mix<S>::room(s, p));
+  const Mix<S> mix(s, p, weight, bias, *alpha, call_scratch);
+  const Joints<S>& j = mix.j;
+  // Threads without a sample of their own take block rows of one, and make the maps once more.
+  const int64_t parts = s.N ? max64(1, min64(p.rows, ceil_div(threads, s.N))) : 1;
+  parallel(s.N * parts, threads, [&](int64_t task) {
+    const int64_t n = task / parts, part = task % parts;
+    task_scratch.reserve(Scratch::room<S>(mix.panel_size()) + Scratch::room<S>(mix_rows * j.map) + Scratch::room<S>(4 * j.ld));
+    S* panel = task_scratch.take<S>(mix.panel_size());
+    S* graph = task_scratch.take<S>(mix_rows * j.map);
+    S* work = task_scratch.take<S>(4 * j.ld);
+    pack_map(A, false, j, panel);
+    std::memset(panel + (mix.live + 1) * j.map, 0, j.map * sizeof(S));
+    mix.maps(x1, x2, n, false, panel, work);
+    for (int64_t g = part * p.rows / parts; g < (part + 1) * p.rows / parts; g++)
+      for (int64_t o = 0; o < live_rows(p, g); o += mix_rows) {
+        const int64_t count = min64(mix_rows, live_rows(p, g) - o), c = g * p.bo + o;
+        gather_row(panel, mix.row(g, o), count, mix.bias + c, graph, j.map, j.map);
+        for (int64_t i = 0; i < count; i++)
+          multiply(frames_of(x3, n, c + i), graph + i * j.map, s.T, j, y + (n * s.C + c + i) * s.T * s.V);
+      }
+  });
+}
+
+// dx1[v] and dx2[w] of one map D' (rows w, lanes v) from dD': d tanh(x1[v] - x2[w]) = 1 - tanh^2.
+template <class S>
+INLINE void ctr_differences(const S* map, const S* dmap, const Joints<S>& j, S* dx1, S* dx2, S* work) {
+  std::memset(work, 0, j.ld * sizeof(S));
+  for (int64_t w = 0; w < j.V; w++) {
+    Vec<S> row = {};
+    for (int64_t i = 0; i < j.ld; i += lanes<S>) {
+      const Vec<S> t = load(map + w * j.ld + i), d = load(dmap + w * j.ld + i) * (splat<S>(S(1)) - t * t);
+      row += d;
+      store(work + i, load(work + i) + d);
+    }
+    dx2[w] = -sum_lanes<S>(row);
+  }
+  unpack_joints(work, j, dx1);
+}
+
+template <class S>
+void ctr_backward(const DynamicShape& s, const Pattern& p, View<const S> x1, View<const S> x2, View<const S> x3,
+                  const S* weight, const S* bias, const S* alpha, const S* A, View<const S> dy, S* dx1, S* dx2, S* dx3,
+                  S* dweight, S* dbias, S* dalpha, S* dA, int threads) {
+  // Sums over samples: in at most max_chunks ranges, then range by range.
+  const int64_t chunks = min64(max_chunks, max64(s.N, 1)), entries = Mix<S>::entries(s, p) * p.bo;
+  const Joints<S> j(s.V);
+  const int64_t size = entries + s.C + j.map;  // <dG, D> of every entry, the sums of dG, dA'
+  call_scratch.reserve(Mix<S>::room(s, p) + Scratch::room<S>(chunks * size));
+  const Mix<S> mix(s, p, weight, bias, *alpha, call_scratch);
+  S* partial = call_scratch.take<S>(chunks * size);
+  parallel(chunks, threads, [&](int64_t chunk) {
+    const int64_t panel = mix.panel_size();
+    task_scratch.reserve(2 * Scratch::room<S>(panel) + 2 * Scratch::room<S>(mix_rows * j.map) + Scratch::room<S>(s.T * j.ld) +
+                         Scratch::room<S>(4 * j.ld));
+    S* maps = task_scratch.take<S>(panel);
+    S* dmaps = task_scratch.take<S>(panel);
+    S* graph = task_scratch.take<S>(mix_rows * j.map);
+    S* dgraph = task_scratch.take<S>(mix_rows * j.map);
+    S* packed = task_scratch.take<S>(s.T * j.ld);
+    S* work = task_scratch.take<S>(4 * j.ld);
+    S *along = partial + chunk * size, *sums = along + entries;
+    std::memset(along, 0, size * sizeof(S));
+    pack_map(A, true, j, maps);
+    std::memset(maps + (mix.live + 1) * j.map, 0, j.map * sizeof(S));
+    std::memset(dmaps, 0, j.map * sizeof(S));  // dA' gathers in map 0 over all samples
+    for (int64_t n = chunk * s.N / chunks; n < (chunk + 1) * s.N / chunks; n++) {
+      mix.maps(x1, x2, n, true, maps, work);
+      std::memset(dmaps + j.map, 0, (panel - j.map) * sizeof(S));
+      for (int64_t g = 0; g < p.rows; g++)
+        for (int64_t o = 0; o < live_rows(p, g); o += mix_rows) {
+          const int64_t count = min64(mix_rows, live_rows(p, g) - o), c = g * p.bo + o;
+          const Entries<S> row = mix.row(g, o);
+          gather_row(maps, row, count, mix.bias + c, graph, j.map, j.map);
+          for (int64_t i = 0; i < count; i++) {
+            S* to = dgraph + i * j.map;
+            multiply(frames_of(dy, n, c + i), graph + i * j.map, s.T, j, dx3 + (n * s.C + c + i) * s.T * s.V);
+            pack_frames(frames_of(x3, n, c + i), s.T, j, packed);
+            correlate(frames_of(dy, n, c + i), packed, s.T, j, to, false);
+            sums[c + i] += sum_row(to, j.map);
+          }
+          dot_row(maps, row.offset + 1, row.n - 1, p.bo, count, dgraph, j.map, j.map, along + (mix.first[g] + 1) * p.bo + o);
+          scatter_row(dmaps, row, count, dgraph, j.map, j.map);
+        }
+      for (int64_t r = 0; r < s.R; r++) {
+        S *d1 = dx1 + (n * s.R + r) * s.V, *d2 = dx2 + (n * s.R + r) * s.V;
+        if (mix.slot[r]) ctr_differences(maps + mix.slot[r] * j.map, dmaps + mix.slot[r] * j.map, j, d1, d2, work);
+        else std::memset(d1, 0, s.V * sizeof(S)), std::memset(d2, 0, s.V * sizeof(S));
+      }
+    }
+    std::memcpy(sums + s.C, dmaps, j.map * sizeof(S));
+  });
+  for (int64_t chunk = 1; chunk < chunks; chunk++)
+    for (int64_t i = 0; i < size; i++) partial[i] += partial[chunk * size + i];
+
+  const S *sums = partial + entries, *dmap = sums + s.C;
+  double dot = 0;  // dalpha = sum of dG (b4 + W4 D)
+  mix.each([&](int64_t g, int64_t e, int64_t r, int64_t at, int64_t step) {
+    for (int64_t o = 0; o < p.bo; o++) {
+      const bool exists = o < live_rows(p, g);
+      if (!exists && Mix<S>::dense(p)) continue;
+      const S value = exists && r < s.R ? partial[e * p.bo + o] : 0;
+      dweight[at + o * step] = *alpha * value;
+      if (exists) dot += (double)weight[at + o * step] * value;
+    }
+  });
+  for (int64_t c = 0; c < s.C; c++) {
+    dbias[c] = *alpha * sums[c];
+    dot += (double)bias[c] * sums[c];
+  }
+  *dalpha = (S)dot;
+  unpack_transposed_map(dmap, j, dA);
+}
