@@ -159,7 +159,7 @@ def dataset(config: TrainConfig, archive: Archive, split: str, train: bool) -> S
     """Clips of one split as the configuration describes them."""
     return SkeletonDataset(
         archive, split, config.stream, config.clip_len or 1, config.eval_clips, train, config.seed,
-        config.num_person, config.align, config.rotate if train else 0.0, config.scale if train else 0.0,
+        config.num_person, config.align, (config.rotate or 0.0) if train else 0.0, (config.scale or 0.0) if train else 0.0,
         config.missing)
 
 
