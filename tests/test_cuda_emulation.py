@@ -68,7 +68,8 @@ def test_the_kernels_under_sanitizers() -> None:
         "PYTHONMALLOC": "malloc",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SUITE)]
+    # A sanitizer writes its report to file descriptor 2 and ends the process: pytest must not hold that back.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", str(SUITE)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert "passed" in done.stdout, done.stdout[-2000:]

@@ -28,27 +28,43 @@ ROWS = (8, 16, 32, 64)
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Shared memory that one program may use, by compute capability."""
 
-# float32 products run on the FMA units, tf32 and 16-bit ones on the matrix unit. Larger tiles spill registers to memory.
-_MATRIX = {8: Config(128, 16, 4, 3), 16: Config(128, 16, 4, 3), 32: Config(128, 16, 4, 3), 64: Config(64, 16, 4, 3)}
-_FMA = {8: Config(128, 16, 4, 2), 16: Config(64, 16, 4, 2), 32: Config(64, 16, 4, 2), 64: Config(64, 16, 8, 2)}
-_Table = dict[tuple[str, str], dict[int, Config]]
+_Rows = dict[int, Config]
+_Table = dict[tuple[str, str], _Rows]
 
 
-def _for_all(matrix: dict[int, Config], fma: dict[int, Config]) -> _Table:
-    arithmetics = {"float32": fma, "tf32": matrix, "half": matrix}
+def _for_all(*, half: _Rows, tf32: _Rows, float32: _Rows) -> _Table:
+    arithmetics = {"float32": float32, "tf32": tf32, "half": half}
     return {(name, arithmetic): rows for name in FAMILIES.values() for arithmetic, rows in arithmetics.items()}
 
 
-TEMPORAL_CONV_FORWARD: _Table = _for_all(_MATRIX, _FMA)
+# float32 products run on the FMA units, tf32 and 16-bit ones on the matrix unit. These are the largest tiles (of a few
+# that were compiled) whose registers do not spill to memory on any family.
+_MATRIX = {8: Config(128, 16, 4, 3), 16: Config(128, 16, 4, 3), 32: Config(128, 16, 4, 3), 64: Config(64, 16, 4, 3)}
+_FMA = {8: Config(128, 16, 4, 2), 16: Config(64, 16, 4, 2), 32: Config(64, 16, 4, 2), 64: Config(64, 16, 8, 2)}
+_COLUMN = {1: Config(128, 8, 4, 2)}
+
+TEMPORAL_CONV_FORWARD: _Table = _for_all(half=_MATRIX, tf32=_MATRIX, float32=_FMA)
 """(family, arithmetic) -> rows of a block -> tile."""
 
-TEMPORAL_CONV_DX: _Table = _for_all({1: Config(128, 8, 4, 2), **_MATRIX}, {1: Config(128, 8, 4, 2), **_FMA})
+TEMPORAL_CONV_DX: _Table = _for_all(
+    half=_COLUMN | _MATRIX, tf32=_COLUMN | _MATRIX, float32=_COLUMN | _FMA | {64: Config(32, 16, 8, 2)}
+)
 """(family, arithmetic) -> columns of a block -> tile."""
 
-_MATRIX_DW = {rows: Config(64, 16, 4, 3) for rows in ROWS}
-_FMA_DW = {rows: Config(32, 16, 4, 2) for rows in ROWS}
-TEMPORAL_CONV_DW: _Table = _for_all(_MATRIX_DW, _FMA_DW)
+TEMPORAL_CONV_DW: _Table = _for_all(
+    half={8: Config(64, 16, 4, 3), 16: Config(128, 16, 4, 3), 32: Config(64, 16, 4, 3), 64: Config(32, 16, 4, 3)},
+    tf32=dict.fromkeys(ROWS, Config(32, 16, 4, 3)),
+    float32={8: Config(16, 16, 4, 2), 16: Config(16, 16, 4, 2), 32: Config(16, 16, 4, 1), 64: Config(16, 16, 4, 1)},
+)
 """(family, arithmetic) -> rows of a block -> tile."""
+
+# Pixels are frames times vertices padded to 16, 32 or 64. More warps where a frame alone fills the registers.
+_GRAPH = {8: Config(128, 16, 4, 2), 16: Config(128, 16, 4, 2), 32: Config(64, 16, 4, 2)}
+_GRAPH_64 = {8: Config(64, 16, 4, 2), 16: Config(64, 16, 8, 2), 32: Config(64, 16, 8, 2)}
+GRAPH_CONV_FORWARD: dict[int, _Table] = {
+    joints: _for_all(half=rows, tf32=rows, float32=rows) for joints, rows in ((16, _GRAPH), (32, _GRAPH), (64, _GRAPH_64))
+}
+"""padded vertices -> (family, arithmetic) -> rows of a block -> tile."""
 
 PROGRAMS_OF_DW = 1024
 """About how many programs share the pixels of dw: enough for any GPU, and a workspace of this many partial rows."""
@@ -90,3 +106,8 @@ def temporal_conv_dx(capability: int, arithmetic: str, columns: int) -> Config:
 def temporal_conv_dw(capability: int, arithmetic: str, rows: int) -> Config:
     """The tile for blocks of `rows` output channels; errors as temporal_conv_forward."""
     return _tile(TEMPORAL_CONV_DW, capability, arithmetic, rows, "output")
+
+
+def graph_conv_forward(capability: int, arithmetic: str, rows: int, joints: int) -> Config:
+    """The tile for blocks of `rows` output channels and 16, 32 or 64 padded vertices; errors as temporal_conv_forward."""
+    return _tile(GRAPH_CONV_FORWARD[joints], capability, arithmetic, rows, "output")

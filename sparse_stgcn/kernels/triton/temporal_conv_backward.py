@@ -57,7 +57,8 @@ def temporal_conv_dx_kernel(
             w = tl.load(values + weight, mask=live, other=0.0).to(tl.float32)
             sums += tl.sum(panel.to(tl.float32) * w[None, :], axis=1)[:, None]
         else:
-            w = tl.load(values + weight[:, None] + tl.arange(0, BI)[None, :] * BO, mask=live[:, None], other=0.0)
+            weight = weight[:, None] + tl.arange(0, BI)[None, :] * BO
+            w = tl.load(values + weight, mask=live[:, None], other=0.0)
             sums = tl.dot(panel, w, sums, input_precision=PRECISION)
     at_x = (n * I + i.to(tl.int64))[None, :] * T * V + p.to(tl.int64)[:, None]
     tl.store(dx + at_x, sums.to(dx.dtype.element_ty), mask=live_pixel[:, None] & (i < I)[None, :])
