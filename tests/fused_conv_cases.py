@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -96,6 +96,11 @@ class Problem:
             self.pattern.shape, self.pattern.block, self.case.stride, self.case.dilation,
             scale=self.scale, residual=given["residual"], relu=self.case.relu, tf32=arithmetic == "tf32",
         )  # fmt: skip
+
+    def to(self, device: str) -> Problem:
+        """The same problem on another device."""
+        moved = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Problem(**{name: part.to(device) if hasattr(part, "to") else part for name, part in moved.items()})
 
     def expected(self, absolute: bool = False) -> torch.Tensor:
         """The result in float64 before the ReLU, or the sum of the sizes of all that was added up."""

@@ -23,7 +23,7 @@ class Choice:
 
 def choose(op: str, device: str, dtype: torch.dtype, *, adjacency_dims: int = 3, forced: str | None = None,
            native_available: bool = True) -> Choice:
-    """The backend for ``op`` ("temporal_conv", "graph_conv", "group_lasso").
+    """The backend for ``op``: "temporal_conv", "graph_conv", "group_lasso", or one of dynamic.py's aggregations.
 
     Raises:
         ValueError: ``forced`` (SPARSE_STGCN_BACKEND) is no backend, or cannot run the op on this device and dtype.
@@ -67,18 +67,15 @@ def backend_for(op: str, device: torch.device, dtype: torch.dtype, adjacency_dim
 def backends() -> dict[str, str]:
     """Each backend's name with "available ..." or the reason why it is not."""
     report = {"reference": "available (dense PyTorch, any device and dtype)", "native": _native.reason}
+    idle = "the public ops do not use it in this version"
     try:
         import triton
 
-        report["triton"] = (f"triton {triton.__version__} is installed, but no GPU is visible to torch"
-                            if not torch.cuda.is_available() else "not enabled for training in this version")
+        no_gpu = "no GPU is visible to torch"
+        report["triton"] = f"triton {triton.__version__} is installed; {idle if torch.cuda.is_available() else no_gpu}"
     except ImportError as error:
         report["triton"] = f"triton is not installed ({error}); pip install triton"
-    try:
-        from sparse_stgcn import _cuda  # type: ignore[attr-defined]  # noqa: F401
+    from . import cuda
 
-        report["cuda"] = ("built, but no GPU is visible to torch" if not torch.cuda.is_available()
-                          else "not enabled for training in this version")
-    except ImportError as error:
-        report["cuda"] = f"not built ({error}); it builds when nvcc is found"
+    report["cuda"] = cuda.missing() or f"built; {idle}"
     return report
