@@ -32,6 +32,8 @@ def choose(op: str, device: str, dtype: torch.dtype, *, adjacency_dims: int = 3,
         raise ValueError(f"Expected SPARSE_STGCN_BACKEND to be one of {', '.join(BACKENDS)}. Got {forced!r}.")
     if forced == "reference":
         return Choice("reference", "forced by SPARSE_STGCN_BACKEND")
+    if device == "meta":
+        return Choice("reference", "only shapes are computed")
     if device == "cpu":
         why_not = None
         if not native_available:
