@@ -55,7 +55,7 @@ void typed(bool is_double, F body) {
   else body(table().f32, float{});
 }
 
-// Owns what a FusedNetwork points to. Built by runtime.py from plain dicts: sizes by name, arrays as buffers.
+// Owns what a FusedNetwork points to. Built by runtime/ from plain dicts: sizes by name, arrays as buffers.
 class Fused {
  public:
   Fused(const py::dict& sizes, const py::buffer& scale, const py::buffer& shift, const py::list& steps) {

@@ -1,4 +1,4 @@
-// A network compiled for inference: a list of steps over one person's arena of float32 rows. Built once by runtime.py
+// A network compiled for inference: a list of steps over one person's arena of float32 rows. Built once by runtime/
 // (batch norm folded into the live weights, offsets resolved), run per person on any thread without allocation.
 #pragma once
 #include <cstdint>

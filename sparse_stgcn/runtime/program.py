@@ -1,0 +1,140 @@
+"""What the programs of all backbones are built from: the arena of one person, live columns, folded batch norms, steps."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..backbones.base import Block
+from ..kernels import BlockPattern, _native
+from ..layers import SparseConv2d
+from ..recognizer import Recognizer
+
+GRAPH, CONV, SPLIT, POOL = range(4)  # FusedStep::Kind
+SLACK = 12 * 16  # floats that a tile may touch past the last pixel of a row
+
+
+@dataclass
+class Arena:
+    """Offsets of the buffers of one person, in floats, each on a cache line."""
+
+    size: int = 0
+
+    def take(self, floats: int) -> int:
+        start = self.size
+        self.size += -(-floats // 16) * 16
+        return start
+
+
+def row_length(pixels: int) -> int:
+    """Floats between rows: an odd number of cache lines, so that rows do not share the sets of the cache."""
+    return (-(-(pixels + SLACK) // 16) | 1) * 16
+
+
+@dataclass
+class Entries:
+    """Live columns of a sparse convolution, block row by block row: input row, tap, bo weights."""
+
+    rows: int
+    bo: int
+    row: list[np.ndarray] = field(default_factory=list)
+    input: list[np.ndarray] = field(default_factory=list)
+    tap: list[np.ndarray] = field(default_factory=list)
+    weight: list[np.ndarray] = field(default_factory=list)
+    offset: list[np.ndarray] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, conv: SparseConv2d, gain: Tensor) -> Entries:
+        """The entries of a convolution whose output channels are multiplied by ``gain``."""
+        pattern = conv.pattern if conv.values is not None else BlockPattern.full(conv.shape_oik, (8, 1))
+        assert pattern is not None
+        values = conv.values if conv.values is not None else pattern.gather(conv.weight_oik())
+        (out, inputs, _), (bo, bi) = pattern.shape, pattern.block
+        gains = torch.zeros(-(-out // bo) * bo, dtype=values.dtype)
+        gains[:out] = gain
+        values = values * gains.view(-1, bo)[pattern.rows][:, None, :]
+        channel = (pattern.input.long() * bi)[:, None] + torch.arange(bi)
+        inside = channel < inputs  # the ragged edge's columns are 0
+        shape = channel.shape
+        made = cls(out, bo)
+        made.row.append(pattern.rows[:, None].expand(shape)[inside].numpy())
+        made.input.append(channel[inside].numpy())
+        made.tap.append(pattern.tap.long()[:, None].expand(shape)[inside].numpy())
+        made.weight.append(values[inside].numpy())
+        return made
+
+    def place(self, offset: np.ndarray) -> Entries:
+        """Set the offset of every entry."""
+        self.offset = [offset]
+        return self
+
+    def __add__(self, other: Entries) -> Entries:
+        """Both lists in one: outputs are the sums."""
+        a, b = (self, other) if self.bo == other.bo else (self.split(), other.split())
+        return Entries(a.rows, a.bo, *([*getattr(a, n), *getattr(b, n)] for n in ("row", "input", "tap", "weight", "offset")))
+
+    def split(self) -> Entries:
+        """The same entries in blocks of one output."""
+        bo, made = self.bo, Entries(self.rows, 1)
+        row = np.concatenate(self.row)[:, None] * bo + np.arange(bo)
+        keep = row < self.rows
+        made.row, made.weight = [row[keep]], [np.concatenate(self.weight)[keep][:, None]]
+        for name in ("input", "tap", "offset"):
+            getattr(made, name).append(np.broadcast_to(np.concatenate(getattr(self, name))[:, None], row.shape)[keep])
+        return made
+
+    def step(self) -> dict[str, Any]:
+        """The arrays of a step, sorted by block row, entries in their own order."""
+        row, offset = np.concatenate(self.row), np.concatenate(self.offset)
+        order = np.argsort(row, kind="stable")
+        groups = -(-self.rows // self.bo)
+        pointers = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=groups))])
+        return {"rows": self.rows, "bo": self.bo, "row_ptr": pointers.astype(np.int32),
+                "offset": offset[order].astype(np.int32),
+                "weight": np.ascontiguousarray(np.concatenate(self.weight)[order], np.float32)}
+
+
+def fold(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Gain and shift per channel of a batch norm in eval mode: y = gain * x + shift."""
+    gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return gain, norm.bias - norm.running_mean * gain
+
+
+class Program:
+    """Compiles a network for clips of one length into the steps of csrc/cpu/fused.h; a subclass adds its blocks."""
+
+    def __init__(self, model: Recognizer, frames: int) -> None:
+        self.backbone, self.frames = model.backbone, frames
+        self.joints = len(model.backbone.skeleton)
+        self.arena, self.peak = Arena(), 0
+        self.steps: list[dict[str, Any]] = []
+
+    @torch.no_grad()
+    def build(self) -> Any:
+        """The compiled network: ``run(batch, persons, keypoint, strides, features, threads)``."""
+        assert _native.module is not None
+        joints, channels = self.joints, self.backbone.in_channels
+        widths = [channels, *(self.width(block) for block in self.backbone.blocks)]
+        frames, longest = self.frames, row_length(self.frames * joints)
+        x = self.arena.take(max(widths[:-1]) * longest)  # of every block: input and output, in place
+        source = (x, longest, frames)
+        for block in self.backbone.blocks:
+            source = self.block(block, source)
+        features = widths[-1]
+        self.steps.append({"kind": POOL, "src": source[0], "src_ld": source[1], "src_frames": source[2], "rows": features})
+        gain, shift = fold(self.backbone.data_bn)
+        persons = self.backbone.num_person or 1
+        sizes = {"joints": joints, "channels": channels, "frames": frames, "input": x, "input_ld": longest,
+                 "features": features, "arena": self.peak + SLACK, "persons": persons}
+        return _native.module.Fused(sizes, gain.numpy(), shift.numpy(), self.steps)
+
+    def width(self, block: Block) -> int:
+        """Output channels of a block."""
+        raise NotImplementedError
+
+    def block(self, block: Block, source: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Append the steps of one block, in place over X; returns X after it: (offset, row length, frames)."""
+        raise NotImplementedError
