@@ -76,6 +76,7 @@ class Fused {
       s.bias = array<float>(d, "bias"), s.made_subset = array<int32_t>(d, "made_subset", &s.made);
       s.made_input = array<int32_t>(d, "made_input"), s.ptr = array<int32_t>(d, "ptr");
       s.source = array<int32_t>(d, "source", &s.entries), s.coef = array<float>(d, "coef");
+      s.joints = size(d, "joints"), s.graphs = graphs(d);
       s.groups = s.bo > 0 ? (s.rows + s.bo - 1) / s.bo : 0;
       steps_.push_back(s);
     }
@@ -88,6 +89,16 @@ class Fused {
   }
 
  private:
+  FusedGraphs graphs(const py::dict& d) {
+    FusedGraphs g;
+    g.x1 = size(d, "x1"), g.x2 = size(d, "x2"), g.joint_ld = size(d, "joint_ld"), g.maps = size(d, "maps");
+    g.graph = size(d, "graph"), g.work = size(d, "work"), g.mix_bo = size(d, "mix_bo");
+    g.adjacency = array<float>(d, "adjacency"), g.scale = array<float>(d, "scale");
+    g.live_row = array<int32_t>(d, "live_row", &g.live), g.mix_ptr = array<int32_t>(d, "mix_ptr");
+    g.mix_offset = array<int32_t>(d, "mix_offset"), g.mix_weight = array<float>(d, "mix_weight");
+    g.mix_bias = array<float>(d, "mix_bias");
+    return g;
+  }
   static int64_t size(const py::dict& d, const char* name) { return d.contains(name) ? d[name].cast<int64_t>() : 0; }
   template <class T>
   const T* keep(const py::buffer& buffer, int64_t* count = nullptr) {

@@ -120,9 +120,9 @@ def test_the_model_itself_is_left_alone():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_other_networks_run_as_they_are():
-    model = sparse_stgcn.create_model("ctrgcn", num_classes=7, base_channels=16)
-    x = keypoint(2, 16)
+def test_other_dtypes_run_as_they_are():
+    model = sparse_stgcn.create_model("ctrgcn", num_classes=7, base_channels=16).double()
+    x = keypoint(2, 16).double()
     with torch.inference_mode():
         torch.testing.assert_close(runtime.optimize(model)(x), model.eval()(x))
 

@@ -23,8 +23,8 @@ struct GroupRows {  // x1 and x2 of one (n, k): (C, ld) each, padded rows that r
 
 // P (rows v, lanes w); the lanes past the last joint hold finite numbers.
 template <class S>
-INLINE void dg_attention(const DynamicShape& s, const Joints<S>& j, const GroupRows<S>& rows, S* P) {
-  product<S>({rows.x1, 1, j.ld, rows.x2, j.ld, s.C, P, j.ld, false}, s.V, j, lanes<S>);
+INLINE void dg_attention(int64_t C, const Joints<S>& j, const S* x1, const S* x2, S* P) {
+  product<S>({x1, 1, j.ld, x2, j.ld, C, P, j.ld, false}, j.V, j, lanes<S>);
   for (int64_t i = 0; i < j.ld; i += lanes<S>) {
     Vec<S> top = load(P + i), sum = {};
     for (int64_t v = 1; v < j.V; v++) {
@@ -54,7 +54,7 @@ void dg_forward(const DynamicShape& s, GroupView<const S> x, View<const S> x1, V
     S* graph = task_scratch.take<S>(j.map);
     S* work = task_scratch.take<S>(2 * j.ld);
     rows.pack(s, j, x1, x2, n, k);
-    dg_attention(s, j, rows, graph);
+    dg_attention(s.C, j, rows.x1, rows.x2, graph);
     pack_map(A + k * j.V * j.V, false, j, shared);
     const Vec<S> a = splat<S>(*alpha), b = splat<S>(*beta);
     for (int64_t i = 0; i < j.map; i += lanes<S>) store(shared + i, load(shared + i) + b * load(graph + i));
@@ -112,7 +112,7 @@ void dg_backward(const DynamicShape& s, GroupView<const S> x, View<const S> x1, 
     double along_alpha = 0, along_beta = 0;
     for (int64_t n = chunk * s.N / chunks; n < (chunk + 1) * s.N / chunks; n++) {
       rows.pack(s, j, x1, x2, n, k);
-      dg_attention(s, j, rows, graph);
+      dg_attention(s.C, j, rows.x1, rows.x2, graph);
       transpose_map(graph, j, P);
       pack_map(A + k * j.V * j.V, true, j, shared);
       for (int64_t i = 0; i < j.map; i += lanes<S>) store(shared + i, load(shared + i) + b * load(P + i));

@@ -5,12 +5,32 @@
 
 namespace sparse_stgcn {
 
+// kCtr, kDg: graphs made from the person. Rows of joints are joint_ld floats, a map is V such rows; lanes past the last joint
+// repeat the joints of the row's last vector.
+struct FusedGraphs {
+  int64_t x1 = 0, x2 = 0, joint_ld = 0;  // embeddings, offsets of their first row
+  int64_t maps = 0, graph = 0, work = 0;  // room for the tanh maps, for graphs, for two rows
+  const float* adjacency = nullptr;       // (K, V, joint_ld)
+  const float* scale = nullptr;           // kDg: alpha, beta
+  int64_t live = 0;                       // kCtr: tanh maps that a block of conv4 reads
+  const int32_t* live_row = nullptr;      // their rows of x1 and x2
+  int64_t mix_bo = 1;                     // kCtr: alpha * conv4 by (subset, block row); offsets from `maps`; bias (K, rows)
+  const int32_t *mix_ptr = nullptr, *mix_offset = nullptr;
+  const float *mix_weight = nullptr, *mix_bias = nullptr;
+};
+
 struct FusedStep {
   enum Kind : int64_t {
     kGraph,  // Z_k = X A_k for the rows that live blocks read, one tile of frames at a time; dst = relu(W Z + bias map)
     kConv,   // dst = relu(W (rows of the arena) + bias + residual): any tap, stride and strided residual is an offset
     kSplit,  // frames of src sorted into `planes` planes: what a strided convolution reads
     kPool,   // mean over all pixels of a row -> features
+    kMeans = 16,  // mean over frames of every row of src -> rows of joints
+    kCtr,         // tanh maps; for every channel graphs from them, dst = relu(sum over subsets of x3_k G_k + bias + residual)
+    kDg,          // dst = relu(pre(src)) G, a graph for every channel
+    kMax,         // dst = maximum over three frames, scaled, shifted
+    kJointMean,   // frames of V joints -> frames of V + 1, the last one is the mean
+    kJointAdd,    // frames of V + 1 joints -> V: relu(x[v] + coef[v] x[V] + bias)
   };
   int64_t kind = kConv;
   int64_t src = 0, src_ld = 0, src_frames = 0;  // offsets into the arena and row lengths, in floats; frames of V pixels
@@ -18,7 +38,8 @@ struct FusedStep {
   int64_t lead = 0, trail = 0;                  // zero frames kept before and after the frames of every dst row
   int64_t rows = 0, bo = 1;                     // output rows (channels), rows of a block
   int64_t residual = -1, residual_ld = 0;       // added before the ReLU; -1: none
-  int64_t relu = 0;
+  int64_t relu = 0;                             // 2: one ReLU before the residual is added, another one behind
+  int64_t joints = 0;                           // pixels of a frame; 0: V
   int64_t subsets = 0, scratch = 0, scratch_ld = 0, tile = 0;  // kGraph: Z and its tile of frames
   int64_t planes = 1, plane_ld = 0;                            // kSplit: distance of planes in dst
   int64_t groups = 0, made = 0, entries = 0, bias_ld = 0;
@@ -27,6 +48,7 @@ struct FusedStep {
   const int32_t *made_subset = nullptr, *made_input = nullptr;  // kGraph: which (k, i) each of the `made` rows of Z is
   const int32_t *ptr = nullptr, *source = nullptr;              // kGraph: sparse adjacency by (k, w), `entries` long
   const float* coef = nullptr;
+  FusedGraphs graphs;
 };
 
 struct FusedNetwork {

@@ -51,7 +51,12 @@ INLINE void fused_conv(const FusedStep& s, int64_t V, float* arena) {
       const float* res = arena + s.residual + first * s.residual_ld + at;
       auto start = [&](int64_t o, int64_t, int) __attribute__((always_inline)) { return splat<float>(bias[o]); };
       const int64_t n = min64(fused_sweep, pixels - at);
-      if (s.residual >= 0)
+      if (s.residual >= 0 && s.relu == 2)
+        fused_row(arena + at, fused_entries(s, g), rows, n, y, s.dst_ld, start,
+                  [&](int64_t o, int64_t p, Vec<float> sum) __attribute__((always_inline)) {
+                    return relu(relu(sum) + load(res + o * s.residual_ld + p));
+                  });
+      else if (s.residual >= 0)
         fused_row(arena + at, fused_entries(s, g), rows, n, y, s.dst_ld, start,
                   [&](int64_t o, int64_t p, Vec<float> sum) __attribute__((always_inline)) {
                     return relu(sum + load(res + o * s.residual_ld + p));
@@ -110,6 +115,10 @@ INLINE void fused_pool(const FusedStep& s, int64_t V, const float* arena, float*
   }
 }
 
+void fused_branch_step(const FusedStep& s, int64_t V, float* arena);  // fused_branches.inl
+void fused_ctr(const FusedStep& s, int64_t V, float* arena);          // fused_ctr.inl
+void fused_dg(const FusedStep& s, int64_t V, float* arena);           // fused_dg.inl
+
 inline void fused_person(const FusedNetwork& net, const AdjacencyTable<float>* tables, const float* x, const int64_t stride[3],
                          int64_t person, float* arena, float* features) {
   const int64_t T = net.frames, V = net.joints, C = net.channels;
@@ -124,9 +133,12 @@ inline void fused_person(const FusedNetwork& net, const AdjacencyTable<float>* t
   for (int64_t j = 0; j < net.num_steps; j++) {
     const FusedStep& s = net.steps[j];
     if (s.kind == FusedStep::kGraph) fused_graph(s, V, *tables++, arena);
-    else if (s.kind == FusedStep::kConv) fused_conv(s, V, arena);
+    else if (s.kind == FusedStep::kConv) fused_conv(s, s.joints ? s.joints : V, arena);
     else if (s.kind == FusedStep::kSplit) fused_split(s, V, arena);
-    else fused_pool(s, V, arena, features);
+    else if (s.kind == FusedStep::kPool) fused_pool(s, V, arena, features);
+    else if (s.kind == FusedStep::kCtr) fused_ctr(s, V, arena);
+    else if (s.kind == FusedStep::kDg) fused_dg(s, V, arena);
+    else fused_branch_step(s, V, arena);
   }
 }
 

@@ -12,6 +12,10 @@
 #include "dynamic_ctr.inl"
 #include "dynamic_dg.inl"
 #include "fused.inl"
+#include "fused_product.inl"
+#include "fused_branches.inl"
+#include "fused_ctr.inl"
+#include "fused_dg.inl"
 
 template <class S>
 constexpr Ops<S> ops() {

@@ -20,7 +20,7 @@ def optimize(model: Recognizer, example: Tensor | None = None) -> nn.Module:
     one person per task; persons that are entirely zero are computed once. Weights are packed once per clip length (at the
     first call, or here with ``example``); later calls allocate their output only. Exact up to float32 rounding.
 
-    Networks without a fused program (all but ST-GCN), other devices and other dtypes run as they are, in eval mode.
+    Networks without a fused program (AA-GCN), other devices and other dtypes run as they are, in eval mode.
 
     Raises:
         TypeError: model is not a Recognizer.

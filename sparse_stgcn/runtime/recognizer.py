@@ -6,12 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backbones.ctrgcn import CTRGCN
+from ..backbones.dgstgcn import DGSTGCN
 from ..backbones.stgcn import STGCN
 from ..recognizer import Recognizer
+from .ctrgcn import CTRGCNProgram
+from .dgstgcn import DGSTGCNProgram
 from .program import Program
 from .stgcn import STGCNProgram
 
-PROGRAMS: dict[type[nn.Module], type[Program]] = {STGCN: STGCNProgram}
+PROGRAMS: dict[type[nn.Module], type[Program]] = {STGCN: STGCNProgram, CTRGCN: CTRGCNProgram, DGSTGCN: DGSTGCNProgram}
 
 
 class FusedRecognizer(nn.Module):
