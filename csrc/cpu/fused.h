@@ -11,6 +11,9 @@ struct FusedStep {
     kConv,   // dst = relu(W (rows of the arena) + bias + residual): any tap, stride and strided residual is an offset
     kSplit,  // frames of src sorted into `planes` planes: what a strided convolution reads
     kPool,   // mean over all pixels of a row -> features
+    kAaGraph = 8,  // AA-GCN: embeddings of a person, G_k = A_k + alpha tanh(a_k' b_k / (R T)) -> maps
+    kAaApply,      // Z_k = X G_k for the rows that live blocks read; dst = relu(W Z + bias + residual)
+    kAttend,       // dst scaled by 1 + sigmoid for joints, then frames, then channels
   };
   int64_t kind = kConv;
   int64_t src = 0, src_ld = 0, src_frames = 0;  // offsets into the arena and row lengths, in floats; frames of V pixels
@@ -27,6 +30,7 @@ struct FusedStep {
   const int32_t *made_subset = nullptr, *made_input = nullptr;  // kGraph: which (k, i) each of the `made` rows of Z is
   const int32_t *ptr = nullptr, *source = nullptr;              // kGraph: sparse adjacency by (k, w), `entries` long
   const float* coef = nullptr;
+  int64_t maps = 0, hidden = 0;  // AA-GCN: offset of the graphs; kAaGraph: R, kAttend: width between the two linear layers
 };
 
 struct FusedNetwork {

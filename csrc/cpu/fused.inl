@@ -110,6 +110,8 @@ INLINE void fused_pool(const FusedStep& s, int64_t V, const float* arena, float*
   }
 }
 
+inline void fused_aa(const FusedStep&, int64_t V, float* arena);  // fused_aa.inl
+
 inline void fused_person(const FusedNetwork& net, const AdjacencyTable<float>* tables, const float* x, const int64_t stride[3],
                          int64_t person, float* arena, float* features) {
   const int64_t T = net.frames, V = net.joints, C = net.channels;
@@ -126,6 +128,7 @@ inline void fused_person(const FusedNetwork& net, const AdjacencyTable<float>* t
     if (s.kind == FusedStep::kGraph) fused_graph(s, V, *tables++, arena);
     else if (s.kind == FusedStep::kConv) fused_conv(s, V, arena);
     else if (s.kind == FusedStep::kSplit) fused_split(s, V, arena);
+    else if (s.kind >= FusedStep::kAaGraph && s.kind <= FusedStep::kAttend) fused_aa(s, V, arena);
     else fused_pool(s, V, arena, features);
   }
 }

@@ -12,6 +12,7 @@
 #include "dynamic_ctr.inl"
 #include "dynamic_dg.inl"
 #include "fused.inl"
+#include "fused_aa.inl"
 
 template <class S>
 constexpr Ops<S> ops() {

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backbones.aagcn import AAGCN
 from ..backbones.stgcn import STGCN
 from ..recognizer import Recognizer
+from .aagcn import AAGCNProgram
 from .program import Program
 from .stgcn import STGCNProgram
 
-PROGRAMS: dict[type[nn.Module], type[Program]] = {STGCN: STGCNProgram}
+PROGRAMS: dict[type[nn.Module], type[Program]] = {STGCN: STGCNProgram, AAGCN: AAGCNProgram}
 
 
 class FusedRecognizer(nn.Module):
