@@ -77,6 +77,7 @@ class Fused {
       s.made_input = array<int32_t>(d, "made_input"), s.ptr = array<int32_t>(d, "ptr");
       s.source = array<int32_t>(d, "source", &s.entries), s.coef = array<float>(d, "coef");
       s.joints = size(d, "joints"), s.graphs = graphs(d);
+      s.maps = size(d, "maps"), s.hidden = size(d, "hidden");
       s.groups = s.bo > 0 ? (s.rows + s.bo - 1) / s.bo : 0;
       steps_.push_back(s);
     }

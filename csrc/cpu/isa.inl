@@ -16,6 +16,7 @@
 #include "fused_branches.inl"
 #include "fused_ctr.inl"
 #include "fused_dg.inl"
+#include "fused_aa.inl"
 
 template <class S>
 constexpr Ops<S> ops() {

@@ -6,16 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backbones.aagcn import AAGCN
 from ..backbones.ctrgcn import CTRGCN
 from ..backbones.dgstgcn import DGSTGCN
 from ..backbones.stgcn import STGCN
 from ..recognizer import Recognizer
+from .aagcn import AAGCNProgram
 from .ctrgcn import CTRGCNProgram
 from .dgstgcn import DGSTGCNProgram
 from .program import Program
 from .stgcn import STGCNProgram
 
-PROGRAMS: dict[type[nn.Module], type[Program]] = {STGCN: STGCNProgram, CTRGCN: CTRGCNProgram, DGSTGCN: DGSTGCNProgram}
+PROGRAMS: dict[type[nn.Module], type[Program]] = {
+    STGCN: STGCNProgram, AAGCN: AAGCNProgram, CTRGCN: CTRGCNProgram, DGSTGCN: DGSTGCNProgram}
 
 
 class FusedRecognizer(nn.Module):

@@ -1,0 +1,187 @@
+// The steps of AA-GCN in a FusedNetwork: a graph per person from its embeddings, its product with the rows that live blocks
+// read, and the attention over joints, frames and channels. Formulas: backbones/aagcn.py; maps and products: small_product.inl.
+
+// Rows of embeddings of one convolution, whole blocks of them.
+INLINE int64_t embedded_rows(const FusedStep& s) { return ceil_div(s.hidden, s.bo) * s.bo; }
+
+// map[v, :] (+)= sum over r < rows and t of a[r, t, v] b[r, t, :]. A row of full tiles follows the last one without a gap, so
+// all of them are one sum; the rows of another tile are added one by one.
+INLINE void similarity(const float* a, const float* b, int64_t rows, int64_t ld, int64_t frames, const Joints<float>& j,
+                       float* map) {
+  const bool joined = ld == frames * j.V;
+  for (int64_t r = 0; r < (joined ? 1 : rows); r++)
+    product<float>({a + r * ld, 1, j.V, b + r * ld, j.V, joined ? rows * frames : frames, map, j.ld, true}, j.V, j, lanes<float>);
+}
+
+// coef: A (K, V, V), then alpha. Entries: of every subset the rows of conv_a, then of conv_b, offsets from the arena.
+inline void aa_graphs(const FusedStep& s, int64_t V, float* arena) {
+  const Joints<float> j(V);
+  const int64_t part = embedded_rows(s), groups = part / s.bo;
+  float *maps = arena + s.maps, *e = arena + s.scratch;
+  std::memset(maps, 0, s.subsets * j.map * sizeof(float));
+  for (int64_t q = 0; q < s.planes; q++) {
+    const int64_t count = ceil_div(s.src_frames - q, s.planes);
+    for (int64_t t0 = 0; t0 < count; t0 += s.tile) {
+      const int64_t frames = min64(s.tile, count - t0), pixels = frames * V;
+      const int64_t ld = pixels % lanes<float> ? s.scratch_ld : pixels;
+      const float* x = arena + q * s.plane_ld + t0 * V;
+      for (int64_t k = 0; k < s.subsets; k++) {
+        for (int64_t g = 2 * k * groups; g < 2 * (k + 1) * groups; g++) {
+          const float* bias = s.bias + g * s.bo;
+          fused_row(x, fused_entries(s, g), s.bo, pixels, e + (g - 2 * k * groups) * s.bo * ld, ld,
+                    [&](int64_t o, int64_t, int) __attribute__((always_inline)) { return splat<float>(bias[o]); },
+                    [&](int64_t, int64_t, Vec<float> sum) __attribute__((always_inline)) { return sum; });
+        }
+        similarity(e, e + part * ld, s.hidden, ld, frames, j, maps + k * j.map);
+      }
+    }
+  }
+  const Vec<float> scale = splat<float>(1 / (float)(s.hidden * s.src_frames)), alpha = splat<float>(s.coef[s.subsets * V * V]);
+  for (int64_t r = 0; r < s.subsets * V; r++)
+    for (int64_t i = 0; i < j.vectors; i++) {
+      const int64_t valid = i + 1 < j.vectors ? lanes<float> : j.last;
+      float* at = maps + r * j.ld + i * lanes<float>;
+      const Vec<float> t = tanh_of<float>(load(at) * scale);
+      store(at, load_first(s.coef + r * V + i * lanes<float>, valid) + alpha * t);
+      for (int64_t l = valid; l < lanes<float>; l++) at[l] = 0;
+    }
+}
+
+// made_subset = subsets: the row of X itself, which a convolution beside the graphs reads.
+inline void aa_apply(const FusedStep& s, int64_t V, float* arena) {
+  const Joints<float> j(V);
+  // Whole vectors may be written where the next frame comes later: rows of up to 3 vectors are made in one go.
+  const int64_t last = j.vectors <= 3 ? lanes<float> : j.last;
+  for (int64_t t0 = 0; t0 < s.frames; t0 += s.tile) {
+    const int64_t frames = min64(s.tile, s.frames - t0);
+    float* z = arena + s.scratch;
+    for (int64_t m = 0; m < s.made; m++, z += s.scratch_ld) {
+      const float* x = arena + s.src + s.made_input[m] * s.src_ld + t0 * V;
+      if (s.made_subset[m] == s.subsets) std::memcpy(z, x, frames * V * sizeof(float));
+      else product<float>({x, V, 1, arena + s.maps + s.made_subset[m] * j.map, j.ld, V, z, V, false}, frames, j, last);
+    }
+    for (int64_t g = 0; g < s.groups; g++) {
+      const int64_t first = g * s.bo, rows = min64(s.bo, s.rows - first);
+      const float* bias = s.bias + first;
+      const float* res = arena + s.residual + first * s.residual_ld + t0 * V;
+      float* y = arena + s.dst + first * s.dst_ld + t0 * V;
+      auto start = [&](int64_t o, int64_t, int) __attribute__((always_inline)) { return splat<float>(bias[o]); };
+      if (s.residual >= 0)
+        fused_row(arena + s.scratch, fused_entries(s, g), rows, frames * V, y, s.dst_ld, start,
+                  [&](int64_t o, int64_t p, Vec<float> sum) __attribute__((always_inline)) {
+                    return relu(sum + load(res + o * s.residual_ld + p));
+                  });
+      else
+        fused_row(arena + s.scratch, fused_entries(s, g), rows, frames * V, y, s.dst_ld, start,
+                  [&](int64_t, int64_t, Vec<float> sum) __attribute__((always_inline)) { return relu(sum); });
+    }
+  }
+  clear_halo(s, V, arena);
+}
+
+INLINE Vec<float> one_plus_sigmoid(Vec<float> x) {
+  const Vec<float> end = splat<float>(-Float<float>::lowest), one = splat<float>(1);
+  x = x > end ? end : x;
+  x = x < -end ? -end : x;
+  return one + reciprocal<float>(one + exp_of<float>(-x));
+}
+
+// out[i] = 1 + sigmoid(bias + sum over c and k of weight[c, k] x[c, i + k - (taps - 1) / 2]), i < n. x: rows of `ld` with zeros
+// for at least half the taps before row 0 and behind every row. n is rounded up to whole vectors.
+INLINE void gate_along(const float* x, int64_t ld, int64_t rows, const float* weight, int64_t taps, float bias, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += lanes<float>) {
+    Vec<float> sum[4] = {splat<float>(bias)};
+    for (int64_t c = 0; c < rows; c++) {
+      const float *from = x + c * ld + i - (taps - 1) / 2, *w = weight + c * taps;
+      int64_t k = 0;
+      for (; k + 4 <= taps; k += 4)
+        UNROLL for (int u = 0; u < 4; u++) sum[u] += splat<float>(w[k + u]) * load(from + k + u);
+      for (; k < taps; k++) sum[0] += splat<float>(w[k]) * load(from + k);
+    }
+    store(out + i, one_plus_sigmoid((sum[0] + sum[1]) + (sum[2] + sum[3])));
+  }
+}
+
+// out[o] = bias[o] + sum over i of weight[i, o] x[i], o < n rounded up to whole vectors: weight rows are padded to `ld`.
+INLINE void linear(const float* x, int64_t inputs, const float* weight, int64_t ld, const float* bias, float* out) {
+  for (int64_t o = 0; o < ld; o += lanes<float>) {
+    Vec<float> sum[4] = {load(bias + o)};
+    int64_t i = 0;
+    for (; i + 4 <= inputs; i += 4)
+      UNROLL for (int u = 0; u < 4; u++) sum[u] += splat<float>(x[i + u]) * load(weight + (i + u) * ld + o);
+    for (; i < inputs; i++) sum[0] += splat<float>(x[i]) * load(weight + i * ld + o);
+    store(out + o, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+  }
+}
+
+// The gates multiply, so dst is read twice and written once: the mean over frames gives the joints' gate f, the mean of y f
+// over joints the frames' gate g, and the mean of that times g the channels' gate.
+//
+// Row o of dst has frame t at plane (t + lead) % planes, place (t + lead) / planes. weight: joints (O, subsets taps), frames
+// (O, tile taps), linear 1 transposed (O, hidden), linear 2 transposed (hidden, O), rows of both padded to 16; bias in that order.
+// Scratch: O + 4 rows of scratch_ld floats.
+inline void attend(const FusedStep& s, int64_t V, float* arena) {
+  const Joints<float> j(V);
+  const int64_t O = s.rows, T = s.frames, ld = s.scratch_ld, wide = ceil_div(O, 16) * 16, narrow = ceil_div(s.hidden, 16) * 16;
+  const float *sa = s.weight, *ta = sa + O * s.subsets, *fc1 = ta + O * s.tile, *fc2 = fc1 + O * narrow;
+  const int64_t front = ceil_div(max64(V, s.tile), 32) * 16;  // zeros before and behind the numbers of a row: half of the taps
+  float *means = arena + s.scratch + front, *joints = means + O * ld, *gates = joints + ld, *squeezed = gates + ld, *hidden = squeezed + ld;
+  auto frame = [&](int64_t o, int64_t t) __attribute__((always_inline)) {
+    return arena + s.dst + o * s.dst_ld + (t + s.lead) % s.planes * s.plane_ld + (t + s.lead) / s.planes * V;
+  };
+  std::memset(means - front, 0, O * ld * sizeof(float));
+  // Frames of one plane follow each other: V floats apart.
+  for (int64_t o = 0; o < O; o++)
+    for (int64_t i = 0; i < j.vectors; i++) {
+      Vec<float> sum[4] = {};
+      for (int64_t q = 0; q < min64(s.planes, T); q++) {
+        const float* y = frame(o, q) + i * lanes<float>;
+        int64_t n = ceil_div(T - q, s.planes);
+        for (; n >= 4; n -= 4, y += 4 * V)
+          UNROLL for (int u = 0; u < 4; u++) sum[u] += load(y + u * V);
+        for (; n > 0; n--, y += V) sum[0] += load(y);
+      }
+      const Vec<float> mean = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * splat<float>(1 / (float)T);
+      store_first(means + o * ld + i * lanes<float>, mean, i + 1 < j.vectors ? lanes<float> : j.last);
+    }
+  gate_along(means, ld, O, sa, s.subsets, s.bias[0], V, joints);
+  for (int64_t v = V; v < j.ld; v++) joints[v] = 0;
+
+  // means[o, t]: of y f over joints.
+  std::memset(means - front, 0, O * ld * sizeof(float));
+  for (int64_t o = 0; o < O; o++)
+    for (int64_t t = 0; t < T; t++) {
+      const float* y = frame(o, t);
+      Vec<float> sum = load(y) * load(joints);
+      for (int64_t i = 1; i + 1 < j.vectors; i++) sum += load(y + i * lanes<float>) * load(joints + i * lanes<float>);
+      if (j.vectors > 1) sum += load_first(y + (j.vectors - 1) * lanes<float>, j.last) * load(joints + (j.vectors - 1) * lanes<float>);
+      else sum = load_first(y, j.last) * load(joints);
+      means[o * ld + t] = sum_lanes<float>(sum) / (float)V;
+    }
+  gate_along(means, ld, O, ta, s.tile, s.bias[1], T, gates);
+
+  for (int64_t o = 0; o < O; o++) {
+    float sum = 0;
+    for (int64_t t = 0; t < T; t++) sum += means[o * ld + t] * gates[t];
+    squeezed[o] = sum / (float)T;
+  }
+  linear(squeezed, O, fc1, narrow, s.bias + 2, hidden);
+  for (int64_t i = 0; i < s.hidden; i++) hidden[i] = hidden[i] > 0 ? hidden[i] : 0;
+  linear(hidden, s.hidden, fc2, wide, s.bias + 2 + narrow, squeezed);
+  for (int64_t o = 0; o < wide; o += lanes<float>) store(squeezed + o, one_plus_sigmoid(load(squeezed + o)));
+
+  for (int64_t o = 0; o < O; o++)
+    for (int64_t t = 0; t < T; t++) {
+      float* y = frame(o, t);
+      const Vec<float> gate = splat<float>(squeezed[o] * gates[t]);
+      for (int64_t i = 0; i < j.vectors; i++)
+        store_first(y + i * lanes<float>, load(y + i * lanes<float>) * load(joints + i * lanes<float>) * gate,
+                    i + 1 < j.vectors ? lanes<float> : j.last);
+    }
+}
+
+inline void fused_aa(const FusedStep& s, int64_t V, float* arena) {
+  if (s.kind == FusedStep::kAaGraph) aa_graphs(s, V, arena);
+  else if (s.kind == FusedStep::kAaApply) aa_apply(s, V, arena);
+  else attend(s, V, arena);
+}
