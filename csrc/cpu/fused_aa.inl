@@ -144,7 +144,8 @@ INLINE void sum_frames(const Vec<float>* v, float* sums) {
 //
 // Row o of dst has frame t at plane (t + lead) % planes, place (t + lead) / planes. weight: joints (O, subsets taps), frames
 // (O, tile taps), linear 1 transposed (O, hidden), linear 2 transposed (hidden, O), rows of both padded to 16; bias in that order.
-// Scratch: O rows of means with half the taps of zeros before and behind, then four vectors; each scratch_ld floats.
+// Scratch: O rows of means with half the taps of zeros before and behind, then four vectors, each scratch_ld
+// floats; then a row of pixels in planes.
 inline void attend(const FusedStep& s, int64_t V, float* arena) {
   const Joints<float> j(V);
   const int64_t O = s.rows, T = s.frames, ld = s.scratch_ld, wide = ceil_div(O, 16) * 16, narrow = ceil_div(s.hidden, 16) * 16;
@@ -206,14 +207,20 @@ inline void attend(const FusedStep& s, int64_t V, float* arena) {
   linear(hidden, s.hidden, fc2, wide, s.bias + 2 + narrow, squeezed);
   for (int64_t o = 0; o < wide; o += lanes<float>) store(squeezed + o, one_plus_sigmoid(load(squeezed + o)));
 
+  // f g as a row of pixels, plane by plane, with zeros behind: whole vectors then pass over all joints and frames.
+  float* both = hidden + ld;
+  const int64_t both_ld = ceil_div(ceil_div(T, s.planes) * V, 16) * 16;
+  for (int64_t q = 0; q < planes; q++) {
+    float* to = both + q * both_ld;
+    for (int64_t t = q; t < T; t += s.planes, to += V)
+      for (int64_t v = 0; v < V; v++) to[v] = joints[v] * gates[t];
+    for (; to < both + (q + 1) * both_ld; to++) *to = 0;
+  }
   for (int64_t o = 0; o < O; o++)
     for (int64_t q = 0; q < planes; q++) {
-      float* y = plane(o, q);
-      for (int64_t t = q; t < T; t += s.planes, y += V) {
-        const Vec<float> gate = splat<float>(squeezed[o] * gates[t]);
-        for (int64_t i = 0; i < end; i += lanes<float>) store(y + i, load(y + i) * (load(joints + i) * gate));
-        store_first(y + end, load(y + end) * (load(joints + end) * gate), j.last);
-      }
+      float *y = plane(o, q), *factor = both + q * both_ld;
+      const Vec<float> gate = splat<float>(squeezed[o]);
+      for (int64_t p = 0; p < ceil_div(T - q, s.planes) * V; p += lanes<float>) store(y + p, load(y + p) * (load(factor + p) * gate));
     }
 }
 

@@ -50,7 +50,8 @@ class AAGCNProgram(STGCNProgram):
         bias = [unit.conv_sa.bias, unit.conv_ta.bias, _padded(unit.fc1c.bias), _padded(unit.fc2c.bias)]
         front = -(-max(joints, reach) // 32) * 16
         ld = -(-max(max(hidden["frames"], joints) + 2 * front + 16, rows + 16) // 16) * 16
-        scratch = self.arena.take((rows + 4) * ld)
+        planes = hidden["planes"]
+        scratch = self.arena.take((rows + 4) * ld + planes * (-(-hidden["frames"] // planes) * joints + 16))
         self.steps.append({"kind": ATTEND, **hidden, "hidden": narrow, "subsets": taps, "tile": reach, "scratch": scratch,
                            "scratch_ld": ld, "weight": torch.cat([w.reshape(-1) for w in weight]).numpy(),
                            "bias": torch.cat([b.reshape(-1) for b in bias]).numpy()})
