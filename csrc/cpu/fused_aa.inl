@@ -220,7 +220,8 @@ inline void attend(const FusedStep& s, int64_t V, float* arena) {
     for (int64_t q = 0; q < planes; q++) {
       float *y = plane(o, q), *factor = both + q * both_ld;
       const Vec<float> gate = splat<float>(squeezed[o]);
-      for (int64_t p = 0; p < ceil_div(T - q, s.planes) * V; p += lanes<float>) store(y + p, load(y + p) * (load(factor + p) * gate));
+      const int64_t pixels = ceil_div(T - q, s.planes) * V;
+      for (int64_t p = 0; p < pixels; p += lanes<float>) store(y + p, load(y + p) * (load(factor + p) * gate));
     }
 }
 
