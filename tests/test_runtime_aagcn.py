@@ -45,7 +45,7 @@ def assert_same(model, x):
     dense = sparse_stgcn.densify(copy.deepcopy(model)).eval()
     with torch.inference_mode():
         rounded, want = dense(x), dense.double()(x.double())
-    fused = runtime.optimize(model)
+    fused = runtime.optimize(model, engine="fused")
     assert isinstance(fused, runtime.FusedRecognizer)
     got, lost = (((y - want).abs().max() / want.abs().max()).item() for y in (fused(x), rounded))
     assert got <= max(2e-6, 4 * lost)

@@ -114,28 +114,55 @@ INLINE void linear(const float* x, int64_t inputs, const float* weight, int64_t 
   }
 }
 
+#if VECTOR_BYTES == 64
+// (a0 + a1, a2 + a3, b0 + b1, b2 + b3) of the quarters of a and b.
+INLINE __m512 add_quarters(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+#endif
+
+// The sums of the lanes of 16 vectors, in a fixed tree; sums[t] of vector t.
+INLINE void sum_frames(const Vec<float>* v, float* sums) {
+#if VECTOR_BYTES == 64
+  __m512 pair[8], four[4];
+  UNROLL for (int i = 0; i < 8; i++) {
+    const __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
+    pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+  UNROLL for (int i = 0; i < 4; i++) {
+    const __m512d a = _mm512_castps_pd(pair[2 * i]), b = _mm512_castps_pd(pair[2 * i + 1]);
+    four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  _mm512_storeu_ps(sums, add_quarters(add_quarters(four[0], four[1]), add_quarters(four[2], four[3])));
+#else
+  for (int t = 0; t < 16; t++) sums[t] = sum_lanes<float>(v[t]);
+#endif
+}
+
 // The gates multiply, so dst is read twice and written once: the mean over frames gives the joints' gate f, the mean of y f
 // over joints the frames' gate g, and the mean of that times g the channels' gate.
 //
 // Row o of dst has frame t at plane (t + lead) % planes, place (t + lead) / planes. weight: joints (O, subsets taps), frames
 // (O, tile taps), linear 1 transposed (O, hidden), linear 2 transposed (hidden, O), rows of both padded to 16; bias in that order.
-// Scratch: O + 4 rows of scratch_ld floats.
+// Scratch: O rows of means with half the taps of zeros before and behind, then four vectors, each scratch_ld
+// floats; then a row of pixels in planes.
 inline void attend(const FusedStep& s, int64_t V, float* arena) {
   const Joints<float> j(V);
   const int64_t O = s.rows, T = s.frames, ld = s.scratch_ld, wide = ceil_div(O, 16) * 16, narrow = ceil_div(s.hidden, 16) * 16;
+  const int64_t front = ceil_div(max64(V, s.tile), 32) * 16, planes = min64(s.planes, T);
   const float *sa = s.weight, *ta = sa + O * s.subsets, *fc1 = ta + O * s.tile, *fc2 = fc1 + O * narrow;
-  const int64_t front = ceil_div(max64(V, s.tile), 32) * 16;  // zeros before and behind the numbers of a row: half of the taps
-  float *means = arena + s.scratch + front, *joints = means + O * ld, *gates = joints + ld, *squeezed = gates + ld, *hidden = squeezed + ld;
-  auto frame = [&](int64_t o, int64_t t) __attribute__((always_inline)) {
-    return arena + s.dst + o * s.dst_ld + (t + s.lead) % s.planes * s.plane_ld + (t + s.lead) / s.planes * V;
+  float *means = arena + s.scratch + front, *joints = arena + s.scratch + O * ld;
+  float *gates = joints + ld, *squeezed = gates + ld, *hidden = squeezed + ld;
+  // Frames q, q + planes, ... of row o lie one after the other from here.
+  auto plane = [&](int64_t o, int64_t q) __attribute__((always_inline)) {
+    return arena + s.dst + o * s.dst_ld + (q + s.lead) % s.planes * s.plane_ld + (q + s.lead) / s.planes * V;
   };
-  std::memset(means - front, 0, O * ld * sizeof(float));
-  // Frames of one plane follow each other: V floats apart.
+  std::memset(arena + s.scratch, 0, O * ld * sizeof(float));
   for (int64_t o = 0; o < O; o++)
     for (int64_t i = 0; i < j.vectors; i++) {
       Vec<float> sum[4] = {};
-      for (int64_t q = 0; q < min64(s.planes, T); q++) {
-        const float* y = frame(o, q) + i * lanes<float>;
+      for (int64_t q = 0; q < planes; q++) {
+        const float* y = plane(o, q) + i * lanes<float>;
         int64_t n = ceil_div(T - q, s.planes);
         for (; n >= 4; n -= 4, y += 4 * V)
           UNROLL for (int u = 0; u < 4; u++) sum[u] += load(y + u * V);
@@ -147,36 +174,54 @@ inline void attend(const FusedStep& s, int64_t V, float* arena) {
   gate_along(means, ld, O, sa, s.subsets, s.bias[0], V, joints);
   for (int64_t v = V; v < j.ld; v++) joints[v] = 0;
 
-  // means[o, t]: of y f over joints.
-  std::memset(means - front, 0, O * ld * sizeof(float));
+  // means[o, t]: of y f over joints. What lies behind the last joint may be anything, so it is left out and not times 0.
+  std::memset(arena + s.scratch, 0, O * ld * sizeof(float));
+  const int64_t end = (j.vectors - 1) * lanes<float>;
+  const float share = 1 / (float)V;
   for (int64_t o = 0; o < O; o++)
-    for (int64_t t = 0; t < T; t++) {
-      const float* y = frame(o, t);
-      Vec<float> sum = load(y) * load(joints);
-      for (int64_t i = 1; i + 1 < j.vectors; i++) sum += load(y + i * lanes<float>) * load(joints + i * lanes<float>);
-      if (j.vectors > 1) sum += load_first(y + (j.vectors - 1) * lanes<float>, j.last) * load(joints + (j.vectors - 1) * lanes<float>);
-      else sum = load_first(y, j.last) * load(joints);
-      means[o * ld + t] = sum_lanes<float>(sum) / (float)V;
+    for (int64_t q = 0; q < planes; q++) {
+      const float* y = plane(o, q);
+      float* to = means + o * ld + q;
+      for (int64_t n = ceil_div(T - q, s.planes); n > 0; n -= 16) {
+        const int64_t count = min64(n, 16);
+        Vec<float> part[16] = {};
+        float sums[16];
+        for (int64_t t = 0; t < count; t++, y += V) {
+          part[t] = load_first(y + end, j.last) * load(joints + end);
+          for (int64_t i = 0; i < end; i += lanes<float>) part[t] += load(y + i) * load(joints + i);
+        }
+        sum_frames(part, sums);
+        for (int64_t t = 0; t < count; t++, to += s.planes) *to = sums[t] * share;
+      }
     }
   gate_along(means, ld, O, ta, s.tile, s.bias[1], T, gates);
+  for (int64_t t = T; t < ceil_div(T, 16) * 16; t++) gates[t] = 0;
 
   for (int64_t o = 0; o < O; o++) {
-    float sum = 0;
-    for (int64_t t = 0; t < T; t++) sum += means[o * ld + t] * gates[t];
-    squeezed[o] = sum / (float)T;
+    Vec<float> sum = {};
+    for (int64_t t = 0; t < T; t += lanes<float>) sum += load(means + o * ld + t) * load(gates + t);
+    squeezed[o] = sum_lanes<float>(sum) / (float)T;
   }
   linear(squeezed, O, fc1, narrow, s.bias + 2, hidden);
   for (int64_t i = 0; i < s.hidden; i++) hidden[i] = hidden[i] > 0 ? hidden[i] : 0;
   linear(hidden, s.hidden, fc2, wide, s.bias + 2 + narrow, squeezed);
   for (int64_t o = 0; o < wide; o += lanes<float>) store(squeezed + o, one_plus_sigmoid(load(squeezed + o)));
 
+  // f g as a row of pixels, plane by plane, with zeros behind: whole vectors then pass over all joints and frames.
+  float* both = hidden + ld;
+  const int64_t both_ld = ceil_div(ceil_div(T, s.planes) * V, 16) * 16;
+  for (int64_t q = 0; q < planes; q++) {
+    float* to = both + q * both_ld;
+    for (int64_t t = q; t < T; t += s.planes, to += V)
+      for (int64_t v = 0; v < V; v++) to[v] = joints[v] * gates[t];
+    for (; to < both + (q + 1) * both_ld; to++) *to = 0;
+  }
   for (int64_t o = 0; o < O; o++)
-    for (int64_t t = 0; t < T; t++) {
-      float* y = frame(o, t);
-      const Vec<float> gate = splat<float>(squeezed[o] * gates[t]);
-      for (int64_t i = 0; i < j.vectors; i++)
-        store_first(y + i * lanes<float>, load(y + i * lanes<float>) * load(joints + i * lanes<float>) * gate,
-                    i + 1 < j.vectors ? lanes<float> : j.last);
+    for (int64_t q = 0; q < planes; q++) {
+      float *y = plane(o, q), *factor = both + q * both_ld;
+      const Vec<float> gate = splat<float>(squeezed[o]);
+      const int64_t pixels = ceil_div(T - q, s.planes) * V;
+      for (int64_t p = 0; p < pixels; p += lanes<float>) store(y + p, load(y + p) * (load(factor + p) * gate));
     }
 }
 

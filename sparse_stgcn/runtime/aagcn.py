@@ -49,8 +49,9 @@ class AAGCNProgram(STGCNProgram):
         weight = [unit.conv_sa.weight[0], unit.conv_ta.weight[0], _padded(unit.fc1c.weight.t()), _padded(unit.fc2c.weight.t())]
         bias = [unit.conv_sa.bias, unit.conv_ta.bias, _padded(unit.fc1c.bias), _padded(unit.fc2c.bias)]
         front = -(-max(joints, reach) // 32) * 16
-        ld = row_length(max(hidden["frames"], joints, rows) + 2 * front)
-        scratch = self.arena.take((rows + 4) * ld)
+        ld = -(-max(max(hidden["frames"], joints) + 2 * front + 16, rows + 16) // 16) * 16
+        planes = hidden["planes"]
+        scratch = self.arena.take((rows + 4) * ld + planes * (-(-hidden["frames"] // planes) * joints + 16))
         self.steps.append({"kind": ATTEND, **hidden, "hidden": narrow, "subsets": taps, "tile": reach, "scratch": scratch,
                            "scratch_ld": ld, "weight": torch.cat([w.reshape(-1) for w in weight]).numpy(),
                            "bias": torch.cat([b.reshape(-1) for b in bias]).numpy()})

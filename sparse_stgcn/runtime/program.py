@@ -52,7 +52,7 @@ class Entries:
         """The entries of a convolution whose output channels are multiplied by ``gain``."""
         pattern = conv.pattern if conv.values is not None else BlockPattern.full(conv.shape_oik, (8, 1))
         assert pattern is not None
-        values = conv.values if conv.values is not None else pattern.gather(conv.weight_oik())
+        values = conv.values if conv.values is not None else pattern.gather(conv.as_oik(conv.dense_weight()))
         (out, inputs, _), (bo, bi) = pattern.shape, pattern.block
         gains = torch.zeros(-(-out // bo) * bo, dtype=values.dtype)
         gains[:out] = gain
