@@ -208,8 +208,10 @@ class SparseConv2d(nn.Module):
 
 
 def normalise(bns: nn.Module | Sequence[nn.Module], xs: Tensor | Sequence[Tensor], residual: Tensor | None = None,
-              relu: bool = False) -> Tensor:
+              relu: bool = False, relu_before: bool = False) -> Tensor:
     """relu(cat(bn_i(x_i)) + residual): batch norms, residual and ReLU of a unit, (N, C_i, T, V) -> (N, sum C_i, T, V).
+
+    With ``relu_before`` there is also a ReLU between norm and residual.
 
     In training mode on a CPU it is one pass, see ``kernels.norm``, with the running statistics of ``nn.BatchNorm2d``;
     elsewhere PyTorch's own layers run one after the other.
@@ -217,9 +219,10 @@ def normalise(bns: nn.Module | Sequence[nn.Module], xs: Tensor | Sequence[Tensor
     norms = [bns] if isinstance(bns, nn.Module) else list(bns)
     tensors = [xs] if isinstance(xs, Tensor) else list(xs)
     if all(_fuses(bn, x) for bn, x in zip(norms, tensors, strict=True)) and len({bn.eps for bn in norms}) == 1:
-        return _fused(norms, tensors, residual, relu)
+        return _fused(norms, tensors, residual, relu, relu_before)
     parts = [bn(x) for bn, x in zip(norms, tensors, strict=True)]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    y = F.relu(y) if relu_before else y
     y = y if residual is None else y + residual
     return F.relu(y) if relu else y
 
@@ -235,9 +238,11 @@ def _fuses(bn: nn.Module, x: Tensor) -> bool:
         "norm", "cpu", x.dtype, forced=forced, native_available=_native.module is not None).backend == "native"
 
 
-def _fused(norms: list[nn.BatchNorm2d], xs: list[Tensor], residual: Tensor | None, relu: bool) -> Tensor:
+def _fused(norms: list[nn.BatchNorm2d], xs: list[Tensor], residual: Tensor | None, relu: bool,
+           relu_before: bool) -> Tensor:
     join = lambda tensors: tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-    y, mean, variance = norm(xs, join([bn.weight for bn in norms]), join([bn.bias for bn in norms]), norms[0].eps, residual, relu)
+    y, mean, variance = norm(xs, join([bn.weight for bn in norms]), join([bn.bias for bn in norms]), norms[0].eps, residual, relu,
+                             relu_before)
     widths = [bn.num_features for bn in norms]
     with torch.no_grad():
         for bn, batch_mean, batch_variance in zip(norms, mean.split(widths), variance.split(widths), strict=True):

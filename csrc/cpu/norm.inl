@@ -1,4 +1,5 @@
-// norm: y = relu(gamma (x - mean) / sqrt(var + eps) + beta + residual) with the statistics of the batch, and its backward.
+// norm: y = relu(relu'(gamma (x - mean) / sqrt(var + eps) + beta) + residual) with the statistics of the batch, and its
+// backward. Each of the two ReLUs is optional: `open` is that before the residual, `relu` that at the end.
 //
 // A task is one channel: its pixels of all samples (160 kB for 16 persons of 100 frames and 25 joints) are read from memory
 // once and stay in L2 for the second sweep, which normalises or makes dx. Sums run over blocks in a fixed order whatever the
@@ -15,6 +16,8 @@ struct Affine {
   INLINE Vec<S> operator()(Vec<S> x) const { return (x - mean) * scale + shift; }
 };
 
+template <class S>
+INLINE Vec<S> rectify(Vec<S> v) { return v < Vec<S>{} ? Vec<S>{} : v; }  // NaN stays NaN
 template <class S>
 INLINE Vec<S> positive(Vec<S> keep, Vec<S> v) { return keep > Vec<S>{} ? v : Vec<S>{}; }
 template <class S>
@@ -122,7 +125,7 @@ void channel_moments(const NormShape& s, const View<const S>& x, int64_t c, doub
 
 template <class S>
 void norm_forward(const NormShape& s, View<const S> x, View<const S> residual, const S* gamma, const S* beta, double eps,
-                  bool relu, View<S> y, S* mean, S* rstd, S* variance, int threads) {
+                  bool open, bool relu, View<S> y, S* mean, S* rstd, S* variance, int threads) {
   const double total = (double)s.N * (double)s.P;
   parallel(s.C, threads, [&](int64_t c) {
     double m, square;
@@ -134,47 +137,52 @@ void norm_forward(const NormShape& s, View<const S> x, View<const S> residual, c
       const S* from = x.data + n * x.stride[0] + c * x.stride[1];
       const S* add = residual.data + n * residual.stride[0] + c * residual.stride[1];
       S* to = y.data + n * y.stride[0] + c * y.stride[1];
-      auto sweep = [&](auto with_residual, auto with_relu) __attribute__((always_inline)) {
+      auto sweep = [&](auto with_open, auto with_residual, auto with_relu) __attribute__((always_inline)) {
         sweep_row<S>(s.P, [&](auto read, auto write) __attribute__((always_inline)) {
           Vec<S> v = affine(read(from));
+          if constexpr (decltype(with_open)::value) v = rectify<S>(v);
           if constexpr (decltype(with_residual)::value) v += read(add);
-          if constexpr (decltype(with_relu)::value) v = v < Vec<S>{} ? Vec<S>{} : v;  // NaN stays NaN
+          if constexpr (decltype(with_relu)::value) v = rectify<S>(v);
           write(to, v);
         });
       };
-      if (residual.data) relu ? sweep(Int<1>{}, Int<1>{}) : sweep(Int<1>{}, Int<0>{});
-      else relu ? sweep(Int<0>{}, Int<1>{}) : sweep(Int<0>{}, Int<0>{});
+      if (!residual.data) open || relu ? sweep(Int<1>{}, Int<0>{}, Int<0>{}) : sweep(Int<0>{}, Int<0>{}, Int<0>{});
+      else if (open) relu ? sweep(Int<1>{}, Int<1>{}, Int<1>{}) : sweep(Int<1>{}, Int<1>{}, Int<0>{});
+      else relu ? sweep(Int<0>{}, Int<1>{}, Int<1>{}) : sweep(Int<0>{}, Int<1>{}, Int<0>{});
     }
   });
 }
 
-// g = dy where y > 0: from y if there is one, otherwise made again from x; without ReLU dy itself. dresidual: g, if wanted.
+// g = dy where the ReLUs are open: that at the end by y > 0, if there is a y, that before the residual by computing it again
+// from x. Without a residual the two are one, and no y is needed. dresidual, wherever y is: dy where y > 0.
 // dx = gamma rstd (g - sum g / n - (x - mean) rstd^2 sum g (x - mean) / n).
 template <class S>
 void norm_backward(const NormShape& s, View<const S> dy, View<const S> x, View<const S> y, const S* gamma, const S* beta,
-                   const S* mean, const S* rstd, bool relu, View<S> dx, View<S> dresidual, S* dgamma, S* dbeta, int threads) {
+                   const S* mean, const S* rstd, bool open, View<S> dx, View<S> dresidual, S* dgamma, S* dbeta, int threads) {
   const double total = (double)s.N * (double)s.P;
-  auto run = [&](int64_t c, auto mask, auto keep) __attribute__((always_inline)) {
-    constexpr int MASK = decltype(mask)::value;  // 0: none, 1: y > 0, 2: made again
-    constexpr bool KEEP_G = decltype(keep)::value;
+  auto run = [&](int64_t c, auto with_open, auto with_y) __attribute__((always_inline)) {
+    constexpr bool OPEN = decltype(with_open)::value, Y = decltype(with_y)::value;
     const Affine<S> affine(gamma[c] * rstd[c], beta[c], mean[c]);
-    auto gradient = [&](Vec<S> d, Vec<S> in, Vec<S> out) __attribute__((always_inline)) {
-      if constexpr (MASK == 1) return positive<S>(out, d);
-      else if constexpr (MASK == 2) return positive<S>(affine(in), d);
-      else return d;
+    auto gate = [&](Vec<S> in, Vec<S> g) __attribute__((always_inline)) {
+      if constexpr (OPEN) return positive<S>(affine(in), g);
+      else return g;
     };
     double sum = 0, product = 0;
     for (int64_t n = 0; n < s.N; n++) {
       const S* from = x.data + n * x.stride[0] + c * x.stride[1];
       const S* d = dy.data + n * dy.stride[0] + c * dy.stride[1];
-      const S* out = MASK == 1 ? y.data + n * y.stride[0] + c * y.stride[1] : nullptr;
-      S* g = KEEP_G ? dresidual.data + n * dresidual.stride[0] + c * dresidual.stride[1] : nullptr;
+      const S* out = Y ? y.data + n * y.stride[0] + c * y.stride[1] : nullptr;
+      S* g = Y ? dresidual.data + n * dresidual.stride[0] + c * dresidual.stride[1] : nullptr;
       row_blocks<S>(s.P, [&](int64_t p, int64_t vectors, int64_t rest) __attribute__((always_inline)) {
         double a, b;
         block_sums<S>(vectors, rest, a, b, [&](int64_t at, int64_t valid, Vec<S>& u, Vec<S>& v) __attribute__((always_inline)) {
           const Vec<S> in = load_valid(from + p + at, valid);
-          u = gradient(load_valid(d + p + at, valid), in, MASK == 1 ? load_valid(out + p + at, valid) : Vec<S>{});
-          if constexpr (KEEP_G) valid < lanes<S> ? store_some(g + p + at, u, valid) : store(g + p + at, u);
+          u = load_valid(d + p + at, valid);
+          if constexpr (Y) {
+            u = positive<S>(load_valid(out + p + at, valid), u);
+            valid < lanes<S> ? store_some(g + p + at, u, valid) : store(g + p + at, u);
+          }
+          u = gate(in, u);
           v = u * (in - affine.mean);
         });
         sum += a, product += b;
@@ -182,25 +190,19 @@ void norm_backward(const NormShape& s, View<const S> dy, View<const S> x, View<c
     }
     dbeta[c] = (S)sum, dgamma[c] = (S)(product * (double)rstd[c]);
     const Vec<S> of_sum = splat((S)(sum / total)), of_x = splat((S)(product / total * (double)rstd[c] * (double)rstd[c]));
+    const View<const S> source = Y ? View<const S>{dresidual.data, {dresidual.stride[0], dresidual.stride[1], 0, 0}} : dy;
     for (int64_t n = 0; n < s.N; n++) {
       const S* from = x.data + n * x.stride[0] + c * x.stride[1];
-      const S* d = dy.data + n * dy.stride[0] + c * dy.stride[1];
-      const S* out = MASK == 1 ? y.data + n * y.stride[0] + c * y.stride[1] : nullptr;
-      const S* g = KEEP_G ? dresidual.data + n * dresidual.stride[0] + c * dresidual.stride[1] : nullptr;
+      const S* g = source.data + n * source.stride[0] + c * source.stride[1];
       S* to = dx.data + n * dx.stride[0] + c * dx.stride[1];
       sweep_row<S>(s.P, [&](auto read, auto write) __attribute__((always_inline)) {
         const Vec<S> in = read(from);
-        Vec<S> u;
-        if constexpr (KEEP_G) u = read(g);
-        else if constexpr (MASK == 1) u = gradient(read(d), in, read(out));
-        else u = gradient(read(d), in, in);
-        write(to, affine.scale * ((u - of_sum) - (in - affine.mean) * of_x));
+        write(to, affine.scale * ((gate(in, read(g)) - of_sum) - (in - affine.mean) * of_x));
       });
     }
   };
   parallel(s.C, threads, [&](int64_t c) {
-    if (dresidual.data) run(c, Int<1>{}, Int<1>{});  // comes with y
-    else if (!relu) run(c, Int<0>{}, Int<0>{});
-    else y.data ? run(c, Int<1>{}, Int<0>{}) : run(c, Int<2>{}, Int<0>{});
+    if (y.data) open ? run(c, Int<1>{}, Int<1>{}) : run(c, Int<0>{}, Int<1>{});
+    else open ? run(c, Int<1>{}, Int<0>{}) : run(c, Int<0>{}, Int<0>{});
   });
 }

@@ -91,11 +91,11 @@ struct Ops {
                       const S* beta, const S* A, GroupView<const S> dy, S* dx, S* dx1, S* dx2, S* dalpha, S* dbeta, S* dA,
                       int threads);
 
-  // residual, y of the backward pass and dresidual may have data == nullptr; variance: unbiased.
+  // residual may have data == nullptr, and y and dresidual of the backward pass both; variance: unbiased.
   void (*norm_forward)(const NormShape&, View<const S> x, View<const S> residual, const S* gamma, const S* beta, double eps,
-                       bool relu, View<S> y, S* mean, S* rstd, S* variance, int threads);
+                       bool open, bool relu, View<S> y, S* mean, S* rstd, S* variance, int threads);
   void (*norm_backward)(const NormShape&, View<const S> dy, View<const S> x, View<const S> y, const S* gamma, const S* beta,
-                        const S* mean, const S* rstd, bool relu, View<S> dx, View<S> dresidual, S* dgamma, S* dbeta,
+                        const S* mean, const S* rstd, bool open, View<S> dx, View<S> dresidual, S* dgamma, S* dbeta,
                         int threads);
 };
 

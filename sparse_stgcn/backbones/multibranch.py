@@ -4,7 +4,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import SparseConv2d, TemporalUnit, Units, normalise, pointwise_unit, run_units
@@ -59,10 +58,7 @@ class BranchedTemporal(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """relu(unit(x) + residual)."""
         xs, norms = zip(*(_before_norm(branch, x) for branch in self.branches), strict=True)
-        y = normalise(norms, xs, relu=True)
-        if residual is not None:
-            y = y + residual
-        return F.relu_(y) if relu and residual is not None else y
+        return normalise(norms, xs, residual, relu, relu_before=True)
 
 
 class MixedTemporal(nn.Module):

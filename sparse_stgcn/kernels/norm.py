@@ -16,11 +16,11 @@ __all__ = ["norm"]
 
 
 def norm(xs: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float = 1e-5, residual: Tensor | None = None,
-         relu: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch norm with the statistics of the batch, then residual, then ReLU.
+         relu: bool = False, relu_before: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch norm with the statistics of the batch, ReLU (``relu_before``), plus residual, ReLU (``relu``).
 
     y = relu(weight (x - mean) / sqrt(var + eps) + bias + residual), x the channels of ``xs`` one after the other: branches are
-    joined by writing each to its place, without a copy.
+    joined by writing each to its place, without a copy. With ``relu_before`` the residual is added behind a ReLU.
 
     Args:
         xs: (N, C, T, V), or several (N, C_i, T, V) with sum C_i = C; samples and channels may have any strides.
@@ -54,34 +54,35 @@ def norm(xs: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float
     if any(tensor.dtype != first.dtype for tensor in tensors):
         raise TypeError(f"Expected xs, weight, bias and residual of one dtype. Got {[tensor.dtype for tensor in tensors]}.")
     if backend_for("norm", first.device, first.dtype) == "reference":
-        y, mean, variance = reference.norm(xs, weight, bias, eps, residual, relu)
+        y, mean, variance = reference.norm(xs, weight, bias, eps, residual, relu, relu_before)
         return y, mean.detach(), variance.detach()
-    return _Norm.apply(weight, bias, residual, eps, relu, *xs)
+    return _Norm.apply(weight, bias, residual, eps, relu_before, relu, *xs)
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, relu: bool, *xs: Tensor
-                ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, rstd, variance = torch.ops.sparse_stgcn.norm(list(xs), weight, bias, residual, eps, relu)
+    def forward(ctx: Any, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, relu_before: bool,
+                relu: bool, *xs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, rstd, variance = torch.ops.sparse_stgcn.norm(list(xs), weight, bias, residual, eps, relu_before, relu)
         ctx.mark_non_differentiable(mean, variance)
-        ctx.relu, ctx.residual = relu, residual is not None
-        ctx.save_for_backward(weight, bias, mean, rstd, y if relu and residual is not None else None, *xs)
+        masked = relu and residual is not None
+        ctx.open, ctx.residual = relu_before or (relu and residual is None), residual is not None
+        ctx.save_for_backward(weight, bias, mean, rstd, y if masked else None, *xs)
         return y, mean, variance
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Any, ...]:
         weight, bias, mean, rstd, y, *xs = ctx.saved_tensors
-        *dxs, dresidual, dweight, dbias = torch.ops.sparse_stgcn.norm_backward(dy, xs, y, weight, bias, mean, rstd, ctx.relu)
-        if ctx.residual and not ctx.relu:
+        *dxs, dresidual, dweight, dbias = torch.ops.sparse_stgcn.norm_backward(dy, xs, y, weight, bias, mean, rstd, ctx.open)
+        if ctx.residual and y is None:
             dresidual = dy
-        return dweight, dbias, dresidual if ctx.residual else None, None, None, *dxs
+        return dweight, dbias, dresidual if ctx.residual else None, None, None, None, *dxs
 
 
-LIBRARY.define("norm(Tensor[] xs, Tensor weight, Tensor bias, Tensor? residual, float eps, bool relu) "
+LIBRARY.define("norm(Tensor[] xs, Tensor weight, Tensor bias, Tensor? residual, float eps, bool relu_before, bool relu) "
                "-> (Tensor, Tensor, Tensor, Tensor)")
-LIBRARY.define("norm_backward(Tensor dy, Tensor[] xs, Tensor? y, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, bool relu) "
+LIBRARY.define("norm_backward(Tensor dy, Tensor[] xs, Tensor? y, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, bool open) "
                "-> Tensor[]")
 
 
@@ -104,16 +105,16 @@ def _channels(xs: Sequence[Tensor]) -> list[tuple[int, int]]:
     return list(zip(ends, ends[1:], strict=False))
 
 
-def _fake_forward(xs: list[Tensor], weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, relu: bool
-                  ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_forward(xs: list[Tensor], weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float,
+                  relu_before: bool, relu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = xs[0]
     return (x.new_empty((x.shape[0], weight.shape[0], x.shape[2], x.shape[3])), *(x.new_empty(weight.shape) for _ in range(3)))
 
 
 @implement("norm", _fake_forward)
-def _forward(xs: list[Tensor], weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, relu: bool
-             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, *statistics = outputs = _fake_forward(xs, weight, bias, residual, eps, relu)
+def _forward(xs: list[Tensor], weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float,
+             relu_before: bool, relu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, *statistics = outputs = _fake_forward(xs, weight, bias, residual, eps, relu_before, relu)
     residual = None if residual is None else _one_run(residual)
     vectors = [weight.contiguous(), bias.contiguous()]
     for x, (begin, end) in zip(map(_one_run, xs), _channels(xs), strict=True):
@@ -122,21 +123,21 @@ def _forward(xs: list[Tensor], weight: Tensor, bias: Tensor, residual: Tensor | 
         small = [tensor[begin:end].data_ptr() for tensor in (*vectors, *statistics)]
         _native.module.norm_forward(
             x.dtype == torch.float64, [x.shape[0], x.shape[1], x.shape[2] * x.shape[3]],
-            [planes[0][0], planes[1][0], *small[:2], planes[2][0], *small[2:]], [stride for _, stride in planes], eps, relu,
-            torch.get_num_threads())
+            [planes[0][0], planes[1][0], *small[:2], planes[2][0], *small[2:]], [stride for _, stride in planes], eps,
+            relu_before, relu, torch.get_num_threads())
     return outputs
 
 
 def _fake_backward(dy: Tensor, xs: list[Tensor], y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
-                   relu: bool) -> list[Tensor]:
+                   open: bool) -> list[Tensor]:
     empty = [tensor.new_empty(tensor.shape) for tensor in xs]
     return [*empty, dy.new_empty(0 if y is None else y.shape), torch.empty_like(mean), torch.empty_like(mean)]
 
 
 @implement("norm_backward", _fake_backward)
 def _backward(dy: Tensor, xs: list[Tensor], y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
-              relu: bool) -> list[Tensor]:
-    *dxs, dresidual, dweight, dbias = outputs = _fake_backward(dy, xs, y, weight, bias, mean, rstd, relu)
+              open: bool) -> list[Tensor]:
+    *dxs, dresidual, dweight, dbias = outputs = _fake_backward(dy, xs, y, weight, bias, mean, rstd, open)
     dy, vectors = _one_run(dy), [weight.contiguous(), bias.contiguous(), mean, rstd]
     for x, dx, (begin, end) in zip(map(_one_run, xs), dxs, _channels(xs), strict=True):
         part = lambda tensor: None if tensor is None else tensor[:, begin:end]  # noqa: B023  called within the turn
@@ -145,5 +146,5 @@ def _backward(dy: Tensor, xs: list[Tensor], y: Tensor | None, weight: Tensor, bi
         _native.module.norm_backward(
             x.dtype == torch.float64, [x.shape[0], x.shape[1], x.shape[2] * x.shape[3]],
             [address for address, _ in planes[:3]] + small[:4] + [address for address, _ in planes[3:]] + small[4:],
-            [stride for _, stride in planes], relu, torch.get_num_threads())
+            [stride for _, stride in planes], open, torch.get_num_threads())
     return outputs
