@@ -40,6 +40,12 @@ GroupView<const S> group_view(Address data, const Sizes& stride) {
   return {(const S*)data, {stride[0], stride[1], stride[2], stride[3], stride[4]}};
 }
 
+// A View of which only the strides of sample and channel are used.
+template <class S>
+View<S> plane(Address data, const Sizes& stride) {
+  return {(S*)data, {stride[0], stride[1], 0, 0}};
+}
+
 TemporalShape temporal_shape(const Sizes& size) { return {size[0], size[1], size[2], size[3], size[4], size[5]}; }
 
 template <class S>
@@ -236,6 +242,26 @@ PYBIND11_MODULE(_native, m) {
       ops.dg_backward(dynamic_shape(shape), group_view<S>(t[0], stride[0]), view<S>(t[1], stride[1]), view<S>(t[2], stride[2]),
                       (const S*)t[3], (const S*)t[4], (const S*)t[5], group_view<S>(t[6], stride[3]), (S*)t[7], (S*)t[8],
                       (S*)t[9], (S*)t[10], (S*)t[11], (S*)t[12], threads);
+    });
+  });
+
+  // Batch norm: shape = (N, C, P); strides of (n, c) only; address 0: no such tensor.
+  m.def("norm_forward", [](bool is_double, const std::array<int64_t, 3>& size, const Addresses& t, const Strides& stride, double eps,
+                           bool open, bool relu, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.norm_forward({size[0], size[1], size[2]}, plane<const S>(t[0], stride[0]), plane<const S>(t[1], stride[1]),
+                       (const S*)t[2], (const S*)t[3], eps, open, relu, plane<S>(t[4], stride[2]), (S*)t[5], (S*)t[6], (S*)t[7],
+                       threads);
+    });
+  });
+  m.def("norm_backward", [](bool is_double, const std::array<int64_t, 3>& size, const Addresses& t, const Strides& stride, bool open,
+                            int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.norm_backward({size[0], size[1], size[2]}, plane<const S>(t[0], stride[0]), plane<const S>(t[1], stride[1]),
+                        plane<const S>(t[2], stride[2]), (const S*)t[3], (const S*)t[4], (const S*)t[5], (const S*)t[6], open,
+                        plane<S>(t[7], stride[3]), plane<S>(t[8], stride[4]), (S*)t[9], (S*)t[10], threads);
     });
   });
 

@@ -1,5 +1,6 @@
 // AVX2 with FMA: 16 registers of 32 bytes.
 #if defined(__x86_64__)
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>

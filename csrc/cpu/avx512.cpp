@@ -1,5 +1,6 @@
 // AVX-512: 32 registers of 64 bytes.
 #if defined(__x86_64__)
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>

@@ -1,4 +1,5 @@
 // What every x86-64 (SSE2) and aarch64 (NEON) processor has: 16-byte vectors.
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
