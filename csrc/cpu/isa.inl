@@ -2,6 +2,9 @@
 #include "simd.inl"
 #include "tile.inl"
 #include "panel.inl"
+#include "columns.inl"
+#include "transposed.inl"
+#include "temporal_columns.inl"
 #include "temporal_conv.inl"
 #include "adjacency.inl"
 #include "graph_conv.inl"
@@ -12,6 +15,7 @@
 #include "dynamic_ctr.inl"
 #include "dynamic_dg.inl"
 #include "fused.inl"
+#include "peak.inl"
 
 template <class S>
 constexpr Ops<S> ops() {
