@@ -7,9 +7,11 @@
 #include <cstring>
 #include <memory>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "cpu/table.h"
+#include "measure.h"
 
 namespace py = pybind11;
 using namespace sparse_stgcn;
@@ -132,6 +134,19 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Native CPU kernels of sparse_stgcn";
   m.def("isa", [] { return table().name; });
   m.def("set_parallel_for", [](Address f) { torch_parallel_for = (ParallelFor)f; });
+
+  // Of one thread: GFLOP/s in float32, and GB/s (read + written) of a copy of that many bytes. They take about `seconds`.
+  m.def("fma_peak", [](double seconds) {
+    if (!(seconds > 0)) throw std::invalid_argument("Expected seconds above 0. Got " + std::to_string(seconds) + ".");
+    py::gil_scoped_release release;
+    return fma_peak(seconds);
+  });
+  m.def("copy_bandwidth", [](int64_t bytes, double seconds) {
+    if (bytes < 1) throw std::invalid_argument("Expected bytes of at least 1. Got " + std::to_string(bytes) + ".");
+    if (!(seconds > 0)) throw std::invalid_argument("Expected seconds above 0. Got " + std::to_string(seconds) + ".");
+    py::gil_scoped_release release;
+    return copy_bandwidth((size_t)bytes, seconds);
+  });
 
   m.def("temporal_forward", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index, Address x,
                                const Sizes& x_stride, Address values, Address bias, Address y, int threads) {

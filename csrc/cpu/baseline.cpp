@@ -16,7 +16,7 @@ namespace {
 }  // namespace
 
 const Table& baseline_table() {
-  static const Table table{"baseline", ops<float>(), ops<double>(), fused_run};
+  static const Table table{"baseline", ops<float>(), ops<double>(), fused_run, fma_burst};
   return table;
 }
 }  // namespace sparse_stgcn

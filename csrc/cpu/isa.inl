@@ -2,6 +2,9 @@
 #include "simd.inl"
 #include "tile.inl"
 #include "panel.inl"
+#include "columns.inl"
+#include "transposed.inl"
+#include "temporal_columns.inl"
 #include "temporal_conv.inl"
 #include "adjacency.inl"
 #include "graph_conv.inl"
@@ -18,6 +21,7 @@
 #include "fused_ctr.inl"
 #include "fused_dg.inl"
 #include "fused_aa.inl"
+#include "peak.inl"
 
 template <class S>
 constexpr Ops<S> ops() {

@@ -106,6 +106,7 @@ struct Table {
   // x (batch, persons, T, V, C) with any strides -> features (batch * persons, network.features).
   void (*fused_run)(const FusedNetwork&, int64_t batch, int64_t persons, const float* x, const int64_t stride[5],
                     float* features, int threads);
+  int64_t (*fma_burst)(int64_t rounds);  // peak.inl
 };
 
 const Table& baseline_table();
