@@ -66,7 +66,6 @@ struct CtrMaker {
 };
 
 __attribute__((noinline)) void fused_ctr(const FusedStep& s, int64_t V, float* arena) {
-  constexpr int64_t max_late = 8;  // subsets
   const FusedGraphs& d = s.graphs;
   const int64_t ld = d.joint_ld, pixels = s.frames * V, K = s.subsets;
   const CtrMaker maker{s, d, joints_with(V, ld), arena, ceil_div(s.rows, d.mix_bo)};
@@ -76,13 +75,13 @@ __attribute__((noinline)) void fused_ctr(const FusedStep& s, int64_t V, float* a
     tanh_map<float>(arena + d.x1 + d.live_row[m] * ld, arena + d.x2 + d.live_row[m] * ld, j, 1, arena + d.work,
                     [=](int64_t v, int64_t i, Vec<float> t) __attribute__((always_inline)) { store(to + v * ld + i * lanes<float>, t); });
   }
-  const bool late = VECTOR_BYTES == 64 && V == 25 && s.frames >= make_frames && K <= max_late;
+  const bool late = VECTOR_BYTES == 64 && V == 25 && s.frames >= make_frames && K <= max_recipes;
   const int64_t ldx = s.scratch_ld;
   for (int64_t c0 = 0; c0 < s.rows; c0 += ctr_channels) {
     const int64_t count = min64(ctr_channels, s.rows - c0);
     for (int64_t k = 0; k < K; k++)
       fused_rows(s, k * s.groups, s.bias + k * s.rows, c0, count, 0, pixels, arena, arena + s.scratch + k * ldx, K * ldx, false);
-    Frame25Recipe how[ctr_channels][max_late];
+    Frame25Recipe how[ctr_channels][max_recipes];
     bool all_late = late;
     for (int64_t o = 0; o < count && all_late; o++) all_late = maker.recipes(c0 + o, how[o]);
     if (!all_late) maker.graphs(c0, count);

@@ -25,7 +25,136 @@ struct GraphProduct {
   int64_t T;
 };
 
+constexpr int64_t make_frames = 15;  // the fewest frames of a product that makes its graphs
+constexpr int64_t max_recipes = 8;   // and its most subsets
+
 #if VECTOR_BYTES == 64
+// Where an operation on 512 bits is two on 256 (Zen 4), 25 joints are one and a half of them: 24 columns without a lane lost.
+INLINE bool half_width() {
+#if defined(__x86_64__)
+  static const bool value = (__builtin_cpu_init(), __builtin_cpu_is("amdfam19h"));
+  return value;
+#else
+  return false;
+#endif
+}
+
+typedef int Lanes __attribute__((vector_size(64)));
+constexpr int split_rows = 14;  // 28 sums, two of G, a broadcast
+
+// The sums of 16 vectors as the lanes of one; vector n of the input is row split_order[n].
+constexpr int split_order[16] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};
+INLINE __m512 sums_of(__m512 (&v)[16]) {
+  const Lanes first[4] = {{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23},
+                          {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27},
+                          {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29},
+                          {0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30}};
+  const Lanes second[4] = {{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31},
+                           {4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31},
+                           {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31},
+                           {1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31}};
+  UNROLL for (int i = 0; i < 8; i++) v[i] = __builtin_shuffle(v[i], v[i + 8], first[0]) + __builtin_shuffle(v[i], v[i + 8], second[0]);
+  UNROLL for (int i = 0; i < 4; i++) v[i] = __builtin_shuffle(v[i], v[i + 4], first[1]) + __builtin_shuffle(v[i], v[i + 4], second[1]);
+  UNROLL for (int i = 0; i < 2; i++) v[i] = __builtin_shuffle(v[i], v[i + 2], first[2]) + __builtin_shuffle(v[i], v[i + 2], second[2]);
+  return __builtin_shuffle(v[0], v[1], first[3]) + __builtin_shuffle(v[0], v[1], second[3]);
+}
+
+// Row v of a graph from its recipe.
+INLINE void make_row(const Frame25Recipe& h, int64_t at, __m512& g0, __m512& g1) {
+  const __m512 constant = _mm512_set1_ps(h.k), w = _mm512_set1_ps(h.w0);
+  g0 = _mm512_fmadd_ps(w, _mm512_loadu_ps(h.d0 + at), _mm512_add_ps(constant, _mm512_loadu_ps(h.a + at)));
+  g1 = _mm512_fmadd_ps(w, _mm512_loadu_ps(h.d0 + at + 16), _mm512_add_ps(constant, _mm512_loadu_ps(h.a + at + 16)));
+  if (h.d1) {
+    const __m512 w1 = _mm512_set1_ps(h.w1);
+    g0 = _mm512_fmadd_ps(w1, _mm512_loadu_ps(h.d1 + at), g0);
+    g1 = _mm512_fmadd_ps(w1, _mm512_loadu_ps(h.d1 + at + 16), g1);
+  }
+}
+
+// R frames. column: column 24 of every graph, 32 floats each.
+template <int R, bool RELU, bool MAKE>
+__attribute__((noinline)) void split_frames(const GraphProduct& p, int64_t t, float* column, const Frame25Recipe* how) {
+  constexpr int64_t V = 25, ld = 32;
+  __m512 low[R];
+  __m256 high[R];
+  UNROLL for (int r = 0; r < R; r++) low[r] = _mm512_set1_ps(RELU ? p.bias : 0.f), high[r] = _mm256_set1_ps(RELU ? p.bias : 0.f);
+  float* g = p.graph;
+  for (int64_t k = 0; k < p.K; k++) {
+    const float* x = p.x + k * p.subset + t * V;
+    for (int64_t v = 0; v < V; v++, g += ld, x++) {
+      __m512 g0;
+      __m256 g1;
+      if constexpr (MAKE) {
+        __m512 made;
+        make_row(how[k], v * ld, g0, made);
+        g1 = _mm512_castps512_ps256(made);
+        _mm512_storeu_ps(g, g0), _mm512_storeu_ps(g + 16, made);
+        column[k * ld + v] = g[24];
+      } else {
+        g0 = _mm512_loadu_ps(g), g1 = _mm256_loadu_ps(g + 16);
+      }
+      asm("" : "+v"(g0), "+v"(g1));
+      UNROLL for (int r = 0; r < R; r++) {
+        __m512 b = _mm512_set1_ps(x[r * V]);
+        asm("" : "+v"(b));  // one broadcast for both
+        low[r] = _mm512_fmadd_ps(b, g0, low[r]), high[r] = _mm256_fmadd_ps(_mm512_castps512_ps256(b), g1, high[r]);
+      }
+    }
+  }
+  float* y = p.y + t * V;
+  const float* residual = RELU ? p.residual + t * V : nullptr;
+  UNROLL for (int r = 0; r < R; r++) {
+    if constexpr (RELU) {
+      low[r] = _mm512_maskz_max_ps(0xffff, low[r] + _mm512_loadu_ps(residual + r * V), _mm512_setzero_ps());
+      high[r] = _mm256_max_ps(high[r] + _mm256_loadu_ps(residual + r * V + 16), _mm256_setzero_ps());
+    }
+    _mm512_storeu_ps(y + r * V, low[r]), _mm256_storeu_ps(y + r * V + 16, high[r]);
+  }
+  __m512 dot[16] = {};
+  for (int64_t k = 0; k < p.K; k++) {
+    const float* x = p.x + k * p.subset + t * V;
+    const __m512 c0 = _mm512_loadu_ps(column + k * ld), c1 = _mm512_maskz_loadu_ps(0xff80, column + k * ld + 9);
+    UNROLL for (int r = 0; r < R; r++) {
+      __m512& sum = dot[split_order[r]];
+      sum = _mm512_fmadd_ps(_mm512_loadu_ps(x + r * V + 9), c1, _mm512_fmadd_ps(_mm512_loadu_ps(x + r * V), c0, sum));
+    }
+  }
+  float last[16];
+  _mm512_storeu_ps(last, sums_of(dot));
+  UNROLL for (int r = 0; r < R; r++) {
+    if constexpr (RELU) {
+      const float sum = last[r] + p.bias + residual[r * V + 24];
+      y[r * V + 24] = sum > 0 ? sum : 0;
+    } else {
+      y[r * V + 24] = last[r];
+    }
+  }
+}
+
+template <bool RELU, bool MAKE, int R = split_rows>
+INLINE void split_frames_of(int64_t rows, const GraphProduct& p, int64_t t, float* column, const Frame25Recipe* how) {
+  if constexpr (R > 0) {
+    if (rows == R) split_frames<R, RELU, MAKE>(p, t, column, how);
+    else split_frames_of<RELU, MAKE, R - 1>(rows, p, t, column, how);
+  }
+}
+
+template <bool RELU>
+INLINE void split_product(const GraphProduct& p, const Frame25Recipe* how) {
+  constexpr int64_t ld = 32, V = 25;
+  float column[max_recipes * ld];
+  if (!how)
+    for (int64_t k = 0; k < p.K; k++)
+      for (int64_t v = 0; v < V; v++) column[k * ld + v] = p.graph[(k * V + v) * ld + 24];
+  int64_t t = 0;
+  for (int64_t tiles = ceil_div(p.T, split_rows); tiles > 0; tiles--) {
+    const int64_t count = ceil_div(p.T - t, tiles);
+    if (how && t == 0) split_frames_of<RELU, true>(count, p, t, column, how);
+    else split_frames_of<RELU, false>(count, p, t, column, nullptr);
+    t += count;
+  }
+}
+
 template <int LANES>
 INLINE __m512 join(__m512 a, __m512 b) {  // lanes below LANES of a, the rest of b; asm: gcc would load b once more, and loads are scarce
   __m512 m;
@@ -39,7 +168,6 @@ template <int P, bool RELU, bool MAKE>
 __attribute__((noinline)) void five_frames(const GraphProduct& p, int64_t t, const Frame25Recipe* how) {
   constexpr int64_t V = 25, ld = 32;
   __m512 acc[P][8];
-  typedef int Lanes __attribute__((vector_size(64)));
   const Lanes rest = {7, 8, 0, 1, 2, 3, 4, 5, 6, 7, 8, 7, 8, 0, 0, 0};
   UNROLL for (int i = 0; i < P; i++)
     UNROLL for (int n = 0; n < 8; n++) acc[i][n] = _mm512_set1_ps(RELU ? p.bias : 0.f);
@@ -49,15 +177,7 @@ __attribute__((noinline)) void five_frames(const GraphProduct& p, int64_t t, con
     for (int64_t v = 0; v < V; v++, g += ld, x++) {
       __m512 g0, ga;
       if constexpr (MAKE) {
-        const Frame25Recipe& h = how[k];
-        const __m512 constant = _mm512_set1_ps(h.k), w = _mm512_set1_ps(h.w0);
-        g0 = _mm512_fmadd_ps(w, _mm512_loadu_ps(h.d0 + v * ld), _mm512_add_ps(constant, _mm512_loadu_ps(h.a + v * ld)));
-        ga = _mm512_fmadd_ps(w, _mm512_loadu_ps(h.d0 + v * ld + 16), _mm512_add_ps(constant, _mm512_loadu_ps(h.a + v * ld + 16)));
-        if (h.d1) {
-          const __m512 w1 = _mm512_set1_ps(h.w1);
-          g0 = _mm512_fmadd_ps(w1, _mm512_loadu_ps(h.d1 + v * ld), g0);
-          ga = _mm512_fmadd_ps(w1, _mm512_loadu_ps(h.d1 + v * ld + 16), ga);
-        }
+        make_row(how[k], v * ld, g0, ga);
         _mm512_storeu_ps(g, g0), _mm512_storeu_ps(g + 16, ga);
       } else {
         g0 = _mm512_loadu_ps(g), ga = _mm512_loadu_ps(g + 16);
@@ -122,12 +242,12 @@ __attribute__((noinline)) void single_frames(const GraphProduct& p, int64_t t) {
 }
 #endif
 
-constexpr int64_t make_frames = 15;  // the first tile of a product that makes its graphs
 
 // how: the graphs' recipes, if they do not exist yet; then V is 25 and T at least make_frames.
 template <bool RELU>
 INLINE void graph_product(const GraphProduct& p, int64_t V, int64_t ld, const Frame25Recipe* how = nullptr) {
 #if VECTOR_BYTES == 64
+  if (V == 25 && half_width() && p.K <= max_recipes) return split_product<RELU>(p, how);
   if (V == 25) {
     int64_t t = 0;
     if (how) five_frames<3, RELU, true>(p, 0, how), t = make_frames;
