@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 
+REST = 0.02  # seconds before every timing: other engines' threads spin that long for more work, on the core of the next one
+
+
 class WrongResult(RuntimeError):
     """A candidate's output does not match the reference: it must not be timed."""
 
@@ -65,6 +68,7 @@ def paired(candidates: list[Candidate], rounds: int = 11, warmup: int = 2) -> di
     for number in range(rounds):
         shift = number % len(candidates)
         for candidate in candidates[shift:] + candidates[:shift]:
+            time.sleep(REST)
             begin = time.perf_counter()
             candidate.run()
             seconds[candidate.name].append(time.perf_counter() - begin)
@@ -83,6 +87,7 @@ def machine_peaks(threads: int, seconds: float = 0.05) -> tuple[float, float]:
     if _native.module is None:
         return 0.0, 0.0
     module, size = _native.module, 64 << 20
+    time.sleep(5 * REST)
     with ThreadPoolExecutor(threads) as pool:
         flops = sum(pool.map(lambda _: module.fma_peak(seconds), range(threads)))
         copied = sum(pool.map(lambda _: module.copy_bandwidth(size, seconds), range(threads)))
