@@ -57,6 +57,14 @@ def assert_within(actual: Tensor, exact: Tensor, magnitude: Tensor, what: str, c
                              f"got {actual[where].item()}, expected {exact[where].item()}, bound {bound[where].item():.3g}")
 
 
+def assert_rounded_once(actual: Tensor, exact: Tensor, magnitude: Tensor, what: str) -> None:
+    """A bfloat16 result of sums in float32: within their bound of the exact one, plus one rounding to 8 bits."""
+    assert actual.dtype == torch.bfloat16 and actual.shape == exact.shape, what
+    sums = 8 * torch.finfo(torch.float32).eps * magnitude
+    bad = ~((actual.double() - exact).abs() <= sums + 2.0**-8 * (exact.abs() + sums))
+    assert not bad.any(), f"{what}: {int(bad.sum())} of {bad.numel()} entries beyond the bound"
+
+
 def integers(*shape: int, seed: int, low: int = -3, high: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:
     """Small integers: every sum of products is exact, so every path must be bit-equal."""
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)

@@ -17,7 +17,8 @@ F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 @pytest.mark.parametrize(("arguments", "backend", "fallback"), [
     ({"device": "cpu", "dtype": F32}, "native", False),
     ({"device": "cpu", "dtype": F64}, "native", False),
-    ({"device": "cpu", "dtype": BF16}, "reference", True),
+    ({"device": "cpu", "dtype": BF16}, "native", False),
+    ({"device": "cpu", "dtype": torch.float16}, "reference", True),
     ({"device": "cpu", "dtype": F32, "native_available": False}, "reference", True),
     ({"device": "cpu", "dtype": F32, "adjacency_dims": 4}, "reference", True),
     ({"device": "cpu", "dtype": F32, "forced": "reference"}, "reference", False),
@@ -34,7 +35,7 @@ def test_table(arguments, backend, fallback):
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"device": "cpu", "dtype": F32, "forced": "fast"}, "one of reference, native, triton, cuda"),
     ({"device": "cpu", "dtype": F32, "forced": "triton"}, "triton does not run on a CPU"),
-    ({"device": "cpu", "dtype": BF16, "forced": "native"}, "not bfloat16"),
+    ({"device": "cpu", "dtype": torch.float16, "forced": "native"}, "not float16"),
     ({"device": "cpu", "dtype": F32, "forced": "native", "native_available": False}, "Got"),
 ], ids=["unknown", "triton", "dtype", "not built"])
 def test_a_forced_backend_that_cannot_run_is_refused(arguments, message):

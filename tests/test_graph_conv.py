@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_stgcn.kernels import BlockPattern, Lasso, Support, _native, graph_conv, reference
-from tests.kernel_cases import BLOCKS, STRIDES, assert_within, integers, normal, random_pattern, strided
+from tests.kernel_cases import BLOCKS, STRIDES, assert_rounded_once, assert_within, integers, normal, random_pattern, strided
 
 pytestmark = pytest.mark.skipif(_native.module is None, reason="the native module is not built")
 
@@ -55,6 +55,22 @@ def check(shape, T, V, share, block, x_kind="contiguous", dy_kind="contiguous", 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_reference(case, block):
     check(*CASES[case], block)
+
+
+@pytest.mark.parametrize("block", [(1, 1), (8, 1), (3, 5)], ids=str)
+@pytest.mark.parametrize("case", ["sparse", "ragged"])
+def test_bfloat16_is_summed_in_float32(case, block):
+    shape, T, V, share = CASES[case]
+    O, I, K = shape
+    p, A = random_pattern(shape, block, 0.3), graph(K, V, share).bfloat16()
+    x, values, bias, dy = (t.bfloat16() for t in (normal(2, I, T, V, seed=1), p.gather(normal(*shape, seed=3)), normal(K, O, seed=2),
+                                                  normal(2, O, T, V, seed=4)))
+    got = run(graph_conv, strided(x, "slice"), values, p, A, bias, strided(dy, "channels_last"), support=A != 0)
+    double = [t.double() for t in (x, values, A, bias, dy)]
+    exact = run(reference.graph_conv, *double[:2], p, *double[2:])
+    size = run(reference.graph_conv, *(t.abs() for t in double[:2]), p, *(t.abs() for t in double[2:]))
+    for name, a, e, m in zip(("y", "dx", "dvalues", "dA", "dbias"), got, exact, size, strict=True):
+        assert_rounded_once(a, e * (A != 0) if name == "dA" else e, m, name)
 
 
 @pytest.mark.parametrize("x_kind", STRIDES)

@@ -10,7 +10,7 @@ struct GraphPlan {
   int32_t* row;  // (I, K) -> row of the panel, or -1
 
   template <class S>
-  static GraphPlan make(int64_t N, int64_t T, int64_t V, const Pattern& p, int threads, int32_t* row) {
+  static GraphPlan make(int64_t N, int64_t T, int64_t V, const Pattern& p, int64_t threads, int64_t tasks, int32_t* row) {
     GraphPlan r;
     r.row = row;
     for (int64_t j = 0; j < p.I * p.K; j++) row[j] = -1;
@@ -19,7 +19,7 @@ struct GraphPlan {
     r.zrows = 0;
     for (int64_t j = 0; j < p.I * p.K; j++)
       if (row[j] == 0) row[j] = (int32_t)r.zrows++;
-    r.frames = tile_frames(T, max64(r.zrows, 1), V, sizeof(S), N, threads);
+    r.frames = tile_frames(T, max64(r.zrows, 1), V, sizeof(S), N, threads, tasks);
     r.tiles = ceil_div(T, r.frames);
     r.ld = row_length<S>(r.frames * V);
     return r;
@@ -61,7 +61,7 @@ void graph_forward(int64_t N, int64_t T, const Pattern& p, const Adjacency& a, V
   int32_t* row = call_scratch.take<int32_t>(p.I * p.K);
   int32_t* offset = call_scratch.take<int32_t>(p.blocks * p.bi);
   const AdjacencyTable<S> adjacency(a, coef, false, call_scratch);
-  const auto plan = GraphPlan::make<S>(N, T, V, p, threads, row);
+  const auto plan = GraphPlan::make<S>(N, T, V, p, threads, threads, row);
   plan.offsets(p, offset);
   parallel(N * plan.tiles, threads, [&](int64_t task) {
     const int64_t n = task / plan.tiles, t0 = task % plan.tiles * plan.frames, frames = min64(plan.frames, T - t0);
@@ -105,7 +105,7 @@ void graph_dx(int64_t N, int64_t T, const Pattern& p, const Adjacency& a, View<c
   const AdjacencyTable<S> forward(a, coef, false, call_scratch), transposed(a, coef, true, call_scratch);
   const int64_t sums = AdjacencyTable<S>::sums(a);
   S* partial = call_scratch.take<S>(max_chunks * sums);
-  const auto plan = GraphPlan::make<S>(N, T, V, p, 1, row);  // dA is a sum over tiles: they must not depend on threads
+  const auto plan = GraphPlan::make<S>(N, T, V, p, fixed_threads, fixed_tasks, row);  // dA is a sum over tiles
   plan.offsets(p, offset);
   const bool gathers = p.bo < 4;
   const TransposedEntries<S> entries(p, gathers ? p.K : 0, values, plan.ld, [](int64_t k, int64_t q) { return k == q ? 0 : -1; },
@@ -162,7 +162,7 @@ void graph_dw(int64_t N, int64_t T, const Pattern& p, const Adjacency& a, View<c
   const AdjacencyTable<S> adjacency(a, coef, false, call_scratch);
   S* partial = call_scratch.take<S>(max_chunks * size);
   S* partial_bias = call_scratch.take<S>(max_chunks * p.O * V);
-  const auto plan = GraphPlan::make<S>(N, T, V, p, 1, row);
+  const auto plan = GraphPlan::make<S>(N, T, V, p, fixed_threads, fixed_tasks, row);
   plan.offsets(p, offset);
   const int64_t tasks = N * plan.tiles, chunks = min64(max_chunks, max64(tasks, 1));
   parallel(chunks, threads, [&](int64_t chunk) {

@@ -44,14 +44,23 @@ constexpr int64_t slack = 12 * lanes<S>;
 template <class S>
 INLINE int64_t row_length(int64_t pixels) { return (ceil_div((pixels + slack<S>) * (int64_t)sizeof(S), 64) | 1) * 64 / sizeof(S); }
 
-// Output frames of one tile: the panel of a tile (`rows` rows) stays within a share of L2; more tiles if there are idle
-// threads. The results do not depend on it: no sum crosses a tile, but for dW, which passes threads = 1.
-INLINE int64_t tile_frames(int64_t T, int64_t rows, int64_t V, int64_t size, int64_t samples, int threads) {
-  const int64_t budget = 768 * 1024, least = 8;
-  int64_t tiles = max64(1, ceil_div(T * rows * V * size, budget));
-  if (samples > 0 && samples * tiles < threads) tiles = ceil_div(threads, samples);
-  return max64(ceil_div(T, min64(tiles, max64(1, T / least))), 1);
+// Output frames of one tile: the panel of a tile (`rows` rows) stays within a share of L2, there are at least `tasks` tiles where T
+// allows, and the last round of tiles leaves few threads idle. Forward results do not depend on it; dX, dW and dA,
+// whose sums are ordered by tiles, pass constants (fixed_threads, fixed_tasks).
+INLINE int64_t tile_frames(int64_t T, int64_t rows, int64_t V, int64_t size, int64_t samples, int64_t threads, int64_t tasks) {
+  const int64_t budget = 768 * 1024, most = max64(1, T / 8), n = max64(samples, 1);
+  const int64_t least = min64(most, max64(ceil_div(T * rows * V * size, budget), ceil_div(tasks, n)));
+  int64_t tiles = least;
+  double best = 0;
+  for (int64_t t = least; t <= min64(most, least + 3); t++) {  // every cut repeats a halo
+    const double cost = (double)ceil_div(n * t, max64(threads, 1)) / (double)t * (1 + 0.05 * (double)(t - least));
+    if (t == least || cost < best) tiles = t, best = cost;
+  }
+  return max64(ceil_div(T, max64(tiles, 1)), 1);
 }
+
+// How sums over tiles are cut, whatever the number of threads: at least `tasks` pieces, which balance over `threads`.
+constexpr int64_t fixed_threads = 2, fixed_tasks = 4;
 
 // A weight gradient is summed in at most this many partial sums over fixed ranges of (sample, tile), which are then
 // added in order: bit-equal between runs and numbers of threads.

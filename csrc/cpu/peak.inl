@@ -9,8 +9,10 @@ inline int64_t fma_burst(int64_t rounds) {
       sum[i] = sum[i] * factor + term;
       KEEP(sum[i]);  // every round is executed
     }
-  for (int i = 1; i < chains; i++) sum[0] += sum[i];
-  volatile float used = sum_lanes<float>(sum[0]);
+  UNROLL for (int i = 1; i < chains; i++) sum[0] += sum[i];
+  float lane[lanes<float>];
+  store(lane, sum[0]);
+  volatile float used = lane[0];
   (void)used;
   return rounds * chains * lanes<float> * 2;
 }

@@ -52,6 +52,9 @@ void pack_column_panel(const ColumnPlan& plan, const TemporalShape& s, const Pat
   std::memset(panel + p.I * plan.ld, 0, plan.ld * sizeof(S));
 }
 
+// Frames that all rows sweep before the next ones: one register tile, so that rows find lines of the panel in L1.
+INLINE int64_t column_sweep(int64_t frames) { return max64(1, ceil_div(frames, max64(1, ceil_div(frames, frame_tile<1>)))); }
+
 // One block row over frames [at, at + frames) of a column; its first output is channel c.
 template <class S>
 INLINE void gather_column(const S* panel, Entries<S> e, int64_t rows, const S* bias, const ColumnOutput<S>& out, int64_t c, int64_t at,
@@ -75,8 +78,7 @@ void column_forward(const TemporalShape& s, const Pattern& p, View<const S> x, c
   call_scratch.reserve(Scratch::room<int32_t>(p.blocks * p.bi));
   int32_t* offset = call_scratch.take<int32_t>(p.blocks * p.bi);
   plan.offsets(s, p, lanes<S>, offset);
-  // Frames that all block rows sweep before the next ones.
-  const int64_t sweep = 2 * frame_tile<1>;
+  const int64_t sweep = column_sweep(plan.strips.frames);
   parallel(plan.strips.columns, threads, [&](int64_t c) {
     task_scratch.reserve(Scratch::room<S>(plan.panel_size(p)));
     S* panel = task_scratch.take<S>(plan.panel_size(p));
@@ -115,14 +117,16 @@ void column_dx(const TemporalShape& s, const Pattern& p, View<const S> dy, const
     const Column<S> source(out_strips, c);  // the same lanes, in output frames
     for (int64_t o = 0; o < p.O; o++) pack_column(dy, source, o, s.T_out, 1, -lead, 1, held, panel + o * ld);
     ColumnOutput<S> out(column, dx, p.I, s.T, s.V, strips.frames);
-    for (int64_t i = 0; i < p.I; i++)
-      for (int64_t q = 0; q < s.stride; q++) {
-        const int32_t* at = entries.ptr + i * s.stride + q;
+    const int64_t sweep = column_sweep(frames);
+    for (int64_t begin = 0; begin < frames; begin += sweep)
+      for (int64_t r = 0; r < p.I * s.stride; r++) {
+        const int32_t* at = entries.ptr + r;
         const Entries<S> e{entries.offset + at[0], entries.weight + at[0], at[1] - at[0], 1};
-        even_pieces<frame_tile<1>>(frames, [&](auto n, int64_t j) __attribute__((always_inline)) {
+        even_pieces<frame_tile<1>>(min64(sweep, frames - begin), [&](auto n, int64_t piece) __attribute__((always_inline)) {
+          const int64_t j = begin + piece;
           gather_tile<S, 1, decltype(n)::value>(
               panel + j * lanes<S>, e, [&](int, int) __attribute__((always_inline)) { return Vec<S>{}; },
-              [&](int, int f, Vec<S> sum) __attribute__((always_inline)) { out.put(i, (j + f) * s.stride + q, sum); });
+              [&](int, int f, Vec<S> sum) __attribute__((always_inline)) { out.put(r / s.stride, (j + f) * s.stride + r % s.stride, sum); });
         });
       }
   });
@@ -131,7 +135,7 @@ void column_dx(const TemporalShape& s, const Pattern& p, View<const S> dy, const
 template <class S>
 void column_dw(const TemporalShape& s, const Pattern& p, View<const S> x, View<const S> dy, const Lasso<S>& lasso, S* dw,
                S* dbias, int threads) {
-  const auto plan = ColumnPlan::make<S>(s, p, 4);  // columns must not depend on the number of threads
+  const auto plan = ColumnPlan::make<S>(s, p, fixed_tasks);
   const int64_t entries = p.blocks * p.bi, size = entries * p.bo, columns = plan.strips.columns, frames = plan.strips.frames;
   const int64_t chunks = min64(max_chunks, max64(columns, 1)), ldy = (frames | 1) * lanes<S>;
   call_scratch.reserve(Scratch::room<int32_t>(entries) + Scratch::room<S>(chunks * size) + Scratch::room<S>(chunks * p.O));

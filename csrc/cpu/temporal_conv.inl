@@ -11,11 +11,11 @@ struct TemporalPlan {
   int64_t phases, frames, plane_frames, tiles, plane, ld, padding;
 
   template <class S>
-  static TemporalPlan make(const TemporalShape& s, const Pattern& p, int threads) {
+  static TemporalPlan make(const TemporalShape& s, const Pattern& p, int64_t threads, int64_t tasks) {
     TemporalPlan r;
     r.phases = p.K == 1 ? 1 : s.stride;
     r.padding = (p.K - 1) / 2 * s.dilation;
-    r.frames = tile_frames(s.T_out, max64(p.I, p.O) * r.phases, s.V, sizeof(S), s.N, threads);
+    r.frames = tile_frames(s.T_out, max64(p.I, p.O) * r.phases, s.V, sizeof(S), s.N, threads, tasks);
     r.tiles = ceil_div(s.T_out, r.frames);
     r.set_frames<S>(r.frames, s, p);
     return r;
@@ -53,7 +53,7 @@ template <class S>
 void temporal_forward(const TemporalShape& s, const Pattern& p, View<const S> x, const S* values, const S* bias, S* y,
                       int threads) {
   if (by_columns(p)) return column_forward(s, p, x, values, bias, y, threads);
-  const auto plan = TemporalPlan::make<S>(s, p, threads);
+  const auto plan = TemporalPlan::make<S>(s, p, threads, threads);
   call_scratch.reserve(Scratch::room<int32_t>(p.blocks * p.bi));
   int32_t* offset = call_scratch.take<int32_t>(p.blocks * p.bi);
   plan.offsets(s, p, offset);
@@ -76,8 +76,9 @@ void temporal_forward(const TemporalShape& s, const Pattern& p, View<const S> x,
 template <class S>
 void temporal_dx(const TemporalShape& s, const Pattern& p, View<const S> dy, const S* values, S* dx, int threads) {
   if (by_columns(p)) return column_dx(s, p, dy, values, dx, threads);
-  // Tiles of input frames. Tile [a, b) is reached by output frames [first, last); its panel starts at output `first`.
-  TemporalPlan plan = TemporalPlan::make<S>(s, p, threads);
+  // Tiles of input frames, always the same ones: the order in which a scatter adds to a frame depends on where the tiles begin.
+  // Tile [a, b) is reached by output frames [first, last); its panel starts at output `first`.
+  TemporalPlan plan = TemporalPlan::make<S>(s, p, fixed_threads, fixed_tasks);
   const int64_t reach = (p.K - 1) * s.dilation, tile = ceil_div(s.T, plan.tiles);
   plan.tiles = ceil_div(s.T, tile);
   plan.set_frames<S>((tile + reach) / s.stride + 2, s, p);
@@ -111,7 +112,7 @@ template <class S>
 void temporal_dw(const TemporalShape& s, const Pattern& p, View<const S> x, View<const S> dy, const Lasso<S>& lasso, S* dw,
                  S* dbias, int threads) {
   if (by_columns(p)) return column_dw(s, p, x, dy, lasso, dw, dbias, threads);
-  const auto plan = TemporalPlan::make<S>(s, p, 1);  // tiles must not depend on the number of threads
+  const auto plan = TemporalPlan::make<S>(s, p, fixed_threads, fixed_tasks);
   const int64_t entries = p.blocks * p.bi, size = entries * p.bo, tasks = s.N * plan.tiles;
   const int64_t chunks = min64(max_chunks, max64(tasks, 1)), ldy = row_length<S>(plan.frames * s.V);
   call_scratch.reserve(Scratch::room<int32_t>(entries) + Scratch::room<S>(chunks * size) + Scratch::room<S>(chunks * p.O));

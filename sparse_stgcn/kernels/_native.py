@@ -52,6 +52,11 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """tensor in the precision that its op sums in: bfloat16 as float32, anything else as it is."""
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
 def index(row_ptr: Tensor, input: Tensor, tap: Tensor) -> list[int]:
     """Addresses of a pattern's indices."""
     return [row_ptr.data_ptr(), input.data_ptr(), tap.data_ptr()]

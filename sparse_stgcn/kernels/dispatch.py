@@ -12,6 +12,7 @@ import torch
 from . import _native
 
 BACKENDS = ("reference", "native", "triton", "cuda")
+BFLOAT16_OPS = ("temporal_conv", "graph_conv")  # on the CPU: stored in bfloat16, summed in float32
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ def choose(op: str, device: str, dtype: torch.dtype, *, adjacency_dims: int = 3,
         why_not = None
         if not native_available:
             why_not = _native.reason
-        elif dtype not in (torch.float32, torch.float64):
-            why_not = f"the native kernels take float32 and float64, not {str(dtype).removeprefix('torch.')}"
+        elif dtype not in (taken := (torch.float32, torch.float64) + ((torch.bfloat16,) if op in BFLOAT16_OPS else ())):
+            names = [str(d).removeprefix("torch.") for d in (*taken, dtype)]
+            why_not = f"the native {op} takes {', '.join(names[:-2])} and {names[-2]}, not {names[-1]}"
         elif adjacency_dims != 3:
             why_not = "the native graph_conv takes a shared adjacency (K, V, V)"
         if why_not is None and forced in (None, "native"):

@@ -63,7 +63,7 @@ def graph_conv(x: Tensor, values: Tensor, pattern: BlockPattern, adjacency: Tens
     Y[n,o,t,w] = sum over k, v of A_k[v,w] (b_k[o] + sum over live (o,i,k) of W[o,i,k] X[n,i,t,v])
 
     Args:
-        x: (N, I, T, V), any strides.
+        x: (N, I, T, V), any strides. In bfloat16 all sums are float32: results are rounded once.
         values: (blocks, bi, bo), the live weights; see BlockPattern.gather.
         pattern: of shape (O, I, K): the subsets take the place of the taps.
         adjacency: shared (K, V, V), per sample (N, K, V, V) or per channel (N, K, O, V, V).
@@ -98,6 +98,8 @@ def graph_conv(x: Tensor, values: Tensor, pattern: BlockPattern, adjacency: Tens
         if support is not None and adjacency.dim() == 3:
             adjacency = adjacency * (support if isinstance(support, Tensor) else _mask(support, adjacency))
         return reference.graph_conv(x, lasso.wrap(values) if lasso else values, pattern, adjacency, bias)
+    # Gradients of what is small are float32 until the end too: they are rounded once.
+    values, adjacency, bias = _native.wide(values), _native.wide(adjacency), None if bias is None else _native.wide(bias)
     entries = _support(adjacency, support)
     coefficients = adjacency.reshape(-1)[entries.flat]
     bias_map = None
@@ -164,6 +166,7 @@ def _fake_forward(x: Tensor, values: Tensor, coefficients: Tensor, bias_map: Ten
 @implement("graph_conv", _fake_forward)
 def _forward(x: Tensor, values: Tensor, coefficients: Tensor, bias_map: Tensor | None, ptr: Tensor, source: Tensor,
              row_ptr: Tensor, input: Tensor, tap: Tensor, shape: list[int], block: list[int]) -> Tensor:
+    stored, x = x.dtype, _native.wide(x)
     y = _fake_forward(x, values, coefficients, bias_map, ptr, source, row_ptr, input, tap, shape, block)
     values, coefficients = values.contiguous(), coefficients.contiguous()
     bias_map = None if bias_map is None else bias_map.contiguous()
@@ -171,7 +174,7 @@ def _forward(x: Tensor, values: Tensor, coefficients: Tensor, bias_map: Tensor |
         x.dtype == torch.float64, _graph_shape(x, ptr, source, shape), _native.sizes(shape, block, values.shape[0]),
         _native.index(row_ptr, input, tap), [ptr.data_ptr(), source.data_ptr()], x.data_ptr(), x.stride(), values.data_ptr(),
         coefficients.data_ptr(), _native.address(bias_map), y.data_ptr(), torch.get_num_threads())
-    return y
+    return y.to(stored)
 
 
 def _fake_dx(x: Tensor, dy: Tensor, values: Tensor, coefficients: Tensor, ptr: Tensor, source: Tensor, row_ptr: Tensor,
@@ -183,6 +186,7 @@ def _fake_dx(x: Tensor, dy: Tensor, values: Tensor, coefficients: Tensor, ptr: T
 @implement("graph_conv_dx", _fake_dx)
 def _dx(x: Tensor, dy: Tensor, values: Tensor, coefficients: Tensor, ptr: Tensor, source: Tensor, row_ptr: Tensor,
         input: Tensor, tap: Tensor, shape: list[int], block: list[int], need_coefficients: bool) -> tuple[Tensor, Tensor]:
+    stored, x, dy = x.dtype, _native.wide(x), _native.wide(dy)
     dx, dcoefficients = _fake_dx(x, dy, values, coefficients, ptr, source, row_ptr, input, tap, shape, block, need_coefficients)
     values, coefficients = values.contiguous(), coefficients.contiguous()
     _native.module.graph_dx(
@@ -190,19 +194,20 @@ def _dx(x: Tensor, dy: Tensor, values: Tensor, coefficients: Tensor, ptr: Tensor
         _native.index(row_ptr, input, tap), [ptr.data_ptr(), source.data_ptr()], x.data_ptr(), x.stride(), dy.data_ptr(),
         dy.stride(), values.data_ptr(), coefficients.data_ptr(), dx.data_ptr(),
         dcoefficients.data_ptr() if need_coefficients else 0, torch.get_num_threads())
-    return dx, dcoefficients
+    return dx.to(stored), dcoefficients
 
 
 def _fake_dw(x: Tensor, dy: Tensor, values: Tensor, coefficients: Tensor, masked: Tensor | None, scale: Tensor | None,
              ptr: Tensor, source: Tensor, row_ptr: Tensor, input: Tensor, tap: Tensor, shape: list[int], block: list[int]
              ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(values, memory_format=torch.contiguous_format), x.new_empty(shape[0], x.shape[3])
+    return torch.empty_like(values, memory_format=torch.contiguous_format), values.new_empty(shape[0], x.shape[3])
 
 
 @implement("graph_conv_dw", _fake_dw)
 def _dw(x: Tensor, dy: Tensor, values: Tensor, coefficients: Tensor, masked: Tensor | None, scale: Tensor | None,
         ptr: Tensor, source: Tensor, row_ptr: Tensor, input: Tensor, tap: Tensor, shape: list[int], block: list[int]
         ) -> tuple[Tensor, Tensor]:
+    x, dy = _native.wide(x), _native.wide(dy)
     dw, dbias_map = _fake_dw(x, dy, values, coefficients, masked, scale, ptr, source, row_ptr, input, tap, shape, block)
     values, coefficients = values.contiguous(), coefficients.contiguous()
     _native.module.graph_dw(

@@ -20,7 +20,7 @@ def temporal_conv(x: Tensor, values: Tensor, pattern: BlockPattern, bias: Tensor
     Y[n,o,t,v] = b[o] + sum over live (o,i,k) of W[o,i,k] X[n, i, t*stride + (k - (K-1)/2)*dilation, v]
 
     Args:
-        x: (N, I, T, V), any strides; frames outside of it count as 0.
+        x: (N, I, T, V), any strides; frames outside of it count as 0. In bfloat16 all sums are float32: results are rounded once.
         values: (blocks, bi, bo), the live weights; see BlockPattern.gather.
         pattern: of shape (O, I, K), K odd.
         bias: (O,) or None.
@@ -44,6 +44,7 @@ def temporal_conv(x: Tensor, values: Tensor, pattern: BlockPattern, bias: Tensor
     check_values(x, values, pattern, bias, (out_channels,))
     if backend_for("temporal_conv", x.device, x.dtype) == "reference":
         return reference.temporal_conv(x, lasso.wrap(values) if lasso else values, pattern, bias, stride, dilation)
+    values, bias = _native.wide(values), None if bias is None else _native.wide(bias)  # gradients too: rounded once, at the end
     return _TemporalConv.apply(x, values, bias, pattern.row_ptr, pattern.input, pattern.tap, pattern.shape, pattern.block,
                                stride, dilation, *(lasso or Lasso(None, None)))
 
@@ -91,13 +92,14 @@ def _fake_forward(x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tenso
 @implement("temporal_conv", _fake_forward)
 def _forward(x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, input: Tensor, tap: Tensor,
              shape: list[int], block: list[int], stride: int, dilation: int) -> Tensor:
+    stored, x = x.dtype, _native.wide(x)
     y = _fake_forward(x, values, bias, row_ptr, input, tap, shape, block, stride, dilation)
     values, bias = values.contiguous(), None if bias is None else bias.contiguous()
     _native.module.temporal_forward(
         x.dtype == torch.float64, [x.shape[0], x.shape[2], y.shape[2], x.shape[3], stride, dilation],
         _native.sizes(shape, block, values.shape[0]), _native.index(row_ptr, input, tap), x.data_ptr(), x.stride(),
         values.data_ptr(), _native.address(bias), y.data_ptr(), torch.get_num_threads())
-    return y
+    return y.to(stored)
 
 
 def _fake_dx(dy: Tensor, values: Tensor, row_ptr: Tensor, input: Tensor, tap: Tensor, shape: list[int], block: list[int],
@@ -108,23 +110,25 @@ def _fake_dx(dy: Tensor, values: Tensor, row_ptr: Tensor, input: Tensor, tap: Te
 @implement("temporal_conv_dx", _fake_dx)
 def _dx(dy: Tensor, values: Tensor, row_ptr: Tensor, input: Tensor, tap: Tensor, shape: list[int], block: list[int],
         stride: int, dilation: int, frames: int) -> Tensor:
+    stored, dy = dy.dtype, _native.wide(dy)
     dx = _fake_dx(dy, values, row_ptr, input, tap, shape, block, stride, dilation, frames)
     values = values.contiguous()
     _native.module.temporal_dx(
         dy.dtype == torch.float64, [dy.shape[0], frames, dy.shape[2], dy.shape[3], stride, dilation],
         _native.sizes(shape, block, values.shape[0]), _native.index(row_ptr, input, tap), dy.data_ptr(), dy.stride(),
         values.data_ptr(), dx.data_ptr(), torch.get_num_threads())
-    return dx
+    return dx.to(stored)
 
 
 def _fake_dw(x: Tensor, dy: Tensor, values: Tensor, masked: Tensor | None, scale: Tensor | None, row_ptr: Tensor, input: Tensor,
              tap: Tensor, shape: list[int], block: list[int], stride: int, dilation: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(values, memory_format=torch.contiguous_format), x.new_empty(shape[0])
+    return torch.empty_like(values, memory_format=torch.contiguous_format), values.new_empty(shape[0])
 
 
 @implement("temporal_conv_dw", _fake_dw)
 def _dw(x: Tensor, dy: Tensor, values: Tensor, masked: Tensor | None, scale: Tensor | None, row_ptr: Tensor, input: Tensor,
         tap: Tensor, shape: list[int], block: list[int], stride: int, dilation: int) -> tuple[Tensor, Tensor]:
+    x, dy = _native.wide(x), _native.wide(dy)
     dw, dbias = _fake_dw(x, dy, values, masked, scale, row_ptr, input, tap, shape, block, stride, dilation)
     values = values.contiguous()
     _native.module.temporal_dw(
