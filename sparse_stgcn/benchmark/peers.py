@@ -1,7 +1,9 @@
 """The dense engines that a sparse network has to beat: torch eager, channels_last, torch.compile, ONNX Runtime, OpenVINO."""
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -52,11 +54,24 @@ def onnx_graph(model: nn.Module, example: Tensor) -> bytes | None:
     except ImportError:
         return None
     buffer = io.BytesIO()
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), _reference_backend():  # ONNX has none of our ops
         warnings.simplefilter("ignore")
         torch.onnx.export(model, (example,), buffer, opset_version=17, input_names=["keypoint"], output_names=["logits"],
                           dynamo=False)
     return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def _reference_backend() -> Iterator[None]:
+    before = os.environ.get("SPARSE_STGCN_BACKEND")
+    os.environ["SPARSE_STGCN_BACKEND"] = "reference"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["SPARSE_STGCN_BACKEND"]
+        else:
+            os.environ["SPARSE_STGCN_BACKEND"] = before
 
 
 def _onnxruntime(graph: bytes, example: Tensor, threads: int) -> Iterator[Candidate]:
