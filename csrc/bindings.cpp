@@ -7,9 +7,11 @@
 #include <cstring>
 #include <memory>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "cpu/table.h"
+#include "measure.h"
 
 namespace py = pybind11;
 using namespace sparse_stgcn;
@@ -38,6 +40,12 @@ DynamicShape dynamic_shape(const Sizes& size) { return {size[0], size[1], size[2
 template <class S>
 GroupView<const S> group_view(Address data, const Sizes& stride) {
   return {(const S*)data, {stride[0], stride[1], stride[2], stride[3], stride[4]}};
+}
+
+// A View of which only the strides of sample and channel are used.
+template <class S>
+View<S> plane(Address data, const Sizes& stride) {
+  return {(S*)data, {stride[0], stride[1], 0, 0}};
 }
 
 TemporalShape temporal_shape(const Sizes& size) { return {size[0], size[1], size[2], size[3], size[4], size[5]}; }
@@ -77,6 +85,7 @@ class Fused {
       s.made_input = array<int32_t>(d, "made_input"), s.ptr = array<int32_t>(d, "ptr");
       s.source = array<int32_t>(d, "source", &s.entries), s.coef = array<float>(d, "coef");
       s.joints = size(d, "joints"), s.graphs = graphs(d);
+      s.maps = size(d, "maps"), s.hidden = size(d, "hidden");
       s.groups = s.bo > 0 ? (s.rows + s.bo - 1) / s.bo : 0;
       steps_.push_back(s);
     }
@@ -125,6 +134,19 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Native CPU kernels of sparse_stgcn";
   m.def("isa", [] { return table().name; });
   m.def("set_parallel_for", [](Address f) { torch_parallel_for = (ParallelFor)f; });
+
+  // Of one thread: GFLOP/s in float32, and GB/s (read + written) of a copy of that many bytes. They take about `seconds`.
+  m.def("fma_peak", [](double seconds) {
+    if (!(seconds > 0)) throw std::invalid_argument("Expected seconds above 0. Got " + std::to_string(seconds) + ".");
+    py::gil_scoped_release release;
+    return fma_peak(seconds);
+  });
+  m.def("copy_bandwidth", [](int64_t bytes, double seconds) {
+    if (bytes < 1) throw std::invalid_argument("Expected bytes of at least 1. Got " + std::to_string(bytes) + ".");
+    if (!(seconds > 0)) throw std::invalid_argument("Expected seconds above 0. Got " + std::to_string(seconds) + ".");
+    py::gil_scoped_release release;
+    return copy_bandwidth((size_t)bytes, seconds);
+  });
 
   m.def("temporal_forward", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index, Address x,
                                const Sizes& x_stride, Address values, Address bias, Address y, int threads) {
@@ -235,6 +257,26 @@ PYBIND11_MODULE(_native, m) {
       ops.dg_backward(dynamic_shape(shape), group_view<S>(t[0], stride[0]), view<S>(t[1], stride[1]), view<S>(t[2], stride[2]),
                       (const S*)t[3], (const S*)t[4], (const S*)t[5], group_view<S>(t[6], stride[3]), (S*)t[7], (S*)t[8],
                       (S*)t[9], (S*)t[10], (S*)t[11], (S*)t[12], threads);
+    });
+  });
+
+  // Batch norm: shape = (N, C, P); strides of (n, c) only; address 0: no such tensor.
+  m.def("norm_forward", [](bool is_double, const std::array<int64_t, 3>& size, const Addresses& t, const Strides& stride, double eps,
+                           bool open, bool relu, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.norm_forward({size[0], size[1], size[2]}, plane<const S>(t[0], stride[0]), plane<const S>(t[1], stride[1]),
+                       (const S*)t[2], (const S*)t[3], eps, open, relu, plane<S>(t[4], stride[2]), (S*)t[5], (S*)t[6], (S*)t[7],
+                       threads);
+    });
+  });
+  m.def("norm_backward", [](bool is_double, const std::array<int64_t, 3>& size, const Addresses& t, const Strides& stride, bool open,
+                            int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.norm_backward({size[0], size[1], size[2]}, plane<const S>(t[0], stride[0]), plane<const S>(t[1], stride[1]),
+                        plane<const S>(t[2], stride[2]), (const S*)t[3], (const S*)t[4], (const S*)t[5], (const S*)t[6], open,
+                        plane<S>(t[7], stride[3]), plane<S>(t[8], stride[4]), (S*)t[9], (S*)t[10], threads);
     });
   });
 

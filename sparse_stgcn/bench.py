@@ -1,183 +1,139 @@
-"""`python -m sparse_stgcn.bench`: a network at several sparsities against every dense engine, in one paired run."""
+"""`python -m sparse_stgcn.bench`: ops, inference and training steps at every level against every dense engine, paired."""
 from __future__ import annotations
 
-import copy
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from . import backbones, masks, sparsity
-from .benchmark.measure import check, environment, paired
-from .benchmark.peers import candidate, dense_engines
+from . import backbones, sparsity
+from .benchmark import networks, ops, scaling
+from .benchmark.measure import environment
+from .benchmark.networks import Pattern, Setting
+from .benchmark.table import Row, markdown, pivot
 from .errors import UserError, one_of, run, validating
-from .kernels import BlockPattern, temporal_conv
-from .runtime import optimize
+
+WHAT = ("ops", "inference", "training", "warmup", "scaling")
 
 
 @dataclass
 class BenchConfig:
-    """Time a backbone, sparse against dense: inference, and with --training a whole training step."""
+    """Time sparse networks against every dense engine; a row whose output is wrong is an error.
 
-    backbone: str = "stgcn"
-    levels: tuple[float, ...] = (0.6, 0.8, 0.95, 0.99)
-    """Sparsities of the maskable weights."""
-    block: str = "8x1"
-    density: str = "uniform"
-    batch: int = 8
+    Without flags it runs the whole table, which takes hours on two cores: ops; inference of four backbones at five levels, five
+    blocks and two density rules, for batches of 8, 1 and 64 on 2 and 1 threads; training and warm-up steps. Every flag narrows
+    it. The file is written after every setting.
+    """
+
+    what: tuple[str, ...] = WHAT
+    """Which parts: ops, inference, training (a step on live blocks), warmup (a dense step with the group lasso),
+    scaling (how the cost grows with N, M, T and the live blocks)."""
+    backbones: tuple[str, ...] = tuple(backbones.BACKBONES)
+    levels: tuple[float, ...] = (0.0, 0.6, 0.8, 0.95, 0.99)
+    """Sparsities of the maskable weights; 0 is this package's own dense network."""
+    blocks: tuple[str, ...] = ("8x1", "1x1", "4x1", "4x4", "16x16")
+    density: tuple[str, ...] = ("uniform", "erk")
+    """Share of each layer; erk is timed with the first block only."""
+    batches: tuple[int, ...] = (8, 1, 64)
+    """Samples. Training uses the first one."""
+    threads: tuple[int, ...] = (2, 1)
     persons: int = 2
     frames: int = 100
     classes: int = 60
-    threads: int = 2
-    rounds: int = 9
+    rounds: int = 7
     """Each round times every candidate once, in turn; medians are printed."""
-    ops: bool = False
-    """Time the 9 x 1 temporal convolution alone, C = 64, 128, 256, against torch's dense one, instead of a network."""
-    training: bool = False
-    """Also time forward, backward and SGD, against torch's dense step."""
     compile: bool = True
     """Include torch.compile among the dense engines."""
     out: str | None = None
-    """JSON file for the rows and what they depend on."""
+    """JSON file for the rows and what they depend on; a markdown file is written beside it."""
 
     def validate(self) -> None:
         """Raise UserError for a flag that cannot be right."""
-        one_of("--backbone", self.backbone, list(backbones.BACKBONES))
-        with validating("--block"):
-            sparsity.parse_block(self.block)
-        for name in ("batch", "persons", "frames", "classes", "threads", "rounds"):
+        for what in self.what:
+            one_of("--what", what, list(WHAT))
+        for name in self.backbones:
+            one_of("--backbones", name, list(backbones.BACKBONES))
+        for rule in self.density:
+            one_of("--density", rule, ["uniform", "erk"])
+        with validating("--blocks"):
+            for block in self.blocks:
+                sparsity.parse_block(block)
+        for name in ("persons", "frames", "classes", "rounds"):
             if getattr(self, name) < 1:
+                raise UserError(f"Expected --{name} to be at least 1. Got {getattr(self, name)}.")
+        for name in ("backbones", "what", "levels", "blocks", "density", "batches", "threads"):
+            if not getattr(self, name):
+                raise UserError(f"Expected --{name} to name at least one value. Got none.")
+        for name in ("batches", "threads"):
+            if min(getattr(self, name)) < 1:
                 raise UserError(f"Expected --{name} to be at least 1. Got {getattr(self, name)}.")
         if not all(0 <= level < 1 for level in self.levels):
             raise UserError(f"Expected --levels to be at least 0 and below 1. Got {self.levels}.")
 
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: seconds are medians; ``speedup`` is the paired ratio to the best dense engine."""
-
-    what: str
-    name: str
-    seconds: float
-    speedup: float
-    error: float
+    def patterns(self) -> list[Pattern]:
+        """Every block at uniform density, and the other rules with the first block."""
+        rules = [(block, self.density[0]) for block in self.blocks] + [(self.blocks[0], rule) for rule in self.density[1:]]
+        return [Pattern(level, block, rule) for block, rule in rules for level in self.levels]
 
 
-def inference(config: BenchConfig, dense: nn.Module, sparse: dict[float, nn.Module], x: Tensor) -> list[Row]:
-    """Logits of a batch, eval mode; every candidate is checked against its own network in float64."""
-    engines = list(dense_engines(dense, x, config.threads, config.compile))
-    candidates = engines + [candidate(_name(level, config), _inference(optimize(model), x)) for level, model in sparse.items()]
-    references = [_double_logits(dense, x)] * len(engines) + [_double_logits(model, x) for model in sparse.values()]
-    errors = [check(c.name, c.output(), reference, 1e-3) for c, reference in zip(candidates, references, strict=True)]
-    timings = paired(candidates, config.rounds)
-    best = min((timings[engine.name] for engine in engines), key=lambda timing: timing.median)
-    return [Row("inference", c.name, timings[c.name].median, timings[c.name].ratio(best), error)
-            for c, error in zip(candidates, errors, strict=True)]
+def parts(config: BenchConfig) -> Iterator[tuple[int, Callable[[], list[Row]]]]:
+    """(threads, function that makes the rows) of each setting, in the order of the table."""
+    patterns, rounds = config.patterns(), config.rounds
+    uniform = [p for p in patterns if p.density == "uniform"]
+    first, level = config.batches[0], max(config.levels) or 0.95
+    for threads in config.threads:
+        if "ops" in config.what:
+            shape = (first * config.persons, config.frames, threads)
+            yield threads, partial(ops.temporal_convolutions, *shape, uniform, rounds)
+            yield threads, partial(ops.graph_convolutions, *shape, uniform, rounds)
+        for backbone in config.backbones:
+            sizes = (config.persons, config.frames, config.classes)
+            for batch in config.batches if "inference" in config.what else ():
+                here = Setting(backbone, batch, threads, *sizes)
+                yield threads, partial(networks.inference, here, patterns, rounds, config.compile)
+            here = Setting(backbone, first, threads, *sizes)
+            if "training" in config.what:
+                yield threads, partial(networks.training, here, patterns, rounds, config.compile)
+            if "warmup" in config.what:
+                yield threads, partial(networks.warmup, here, Pattern(level, config.blocks[0]), rounds, config.compile)
 
 
-def training(config: BenchConfig, dense: nn.Module, sparse: dict[float, nn.Module], x: Tensor) -> list[Row]:
-    """Forward, backward and SGD with momentum; checked by the classifier's gradient against float64."""
-    label = torch.arange(len(x)) % config.classes
-    candidates, references = [], []
-    for name, model in [("torch", dense), *((_name(level, config), model) for level, model in sparse.items())]:
-        double = sparsity.densify(copy.deepcopy(model)).double().train()
-        references.append(_step(double, x.double(), label, torch.optim.SGD(double.parameters(), lr=0.0))())
-        model = model.train()
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, nesterov=True, weight_decay=5e-4)
-        candidates.append(candidate(name, _step(model, x, label, optimizer)))
-    errors = [check(c.name, c.output(), reference, 1e-3) for c, reference in zip(candidates, references, strict=True)]
-    timings = paired(candidates, config.rounds)
-    return [Row("training step", c.name, timings[c.name].median, timings[c.name].ratio(timings["torch"]), error)
-            for c, error in zip(candidates, errors, strict=True)]
-
-
-def temporal_convolutions(config: BenchConfig) -> list[Row]:
-    """Forward of the temporal convolution of each width, against the better of torch's two memory layouts."""
-    rows, block = [], sparsity.parse_block(config.block)
-    for channels, frames in ((64, config.frames), (128, config.frames // 2), (256, config.frames // 4)):
-        shape = (channels, channels, 9)
-        x = torch.randn(config.batch * config.persons, channels, frames, 25)
-        weight = torch.randn(shape) / (9 * channels) ** 0.5
-        patterns = {level: masks.draw([masks.Layer("conv", shape, block)], level, density=config.density)["conv"]
-                    for level in config.levels}
-        last = x.contiguous(memory_format=torch.channels_last)
-        dense = [candidate("torch", _conv(x, weight)), candidate("torch channels_last", _conv(last, weight))]
-        ours = [candidate(_name(level, config), _sparse_conv(x, pattern.gather(weight), pattern))
-                for level, pattern in patterns.items()]
-        double = [_conv(x.double(), w.double())() for w in (weight, weight, *(weight * p.mask() for p in patterns.values()))]
-        errors = [check(c.name, c.output(), want, 1e-5) for c, want in zip([*dense, *ours], double, strict=True)]
-        timings = paired([*dense, *ours], config.rounds)
-        best = min((timings[c.name] for c in dense), key=lambda timing: timing.median)
-        what = f"temporal_conv C={channels} T={frames}"
-        rows += [Row(what, c.name, timings[c.name].median, timings[c.name].ratio(best), error)
-                 for c, error in zip([*dense, *ours], errors, strict=True)]
+def measure(config: BenchConfig, save: Callable[[list[Row]], None] | None = None) -> list[Row]:
+    """All rows; ``save`` gets those made so far after every setting."""
+    rows: list[Row] = []
+    for threads, part in parts(config):
+        torch.set_num_threads(threads)
+        rows += part()
+        if save:
+            save(rows)
     return rows
 
 
-def _conv(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
-    return lambda: F.conv2d(x, weight.unsqueeze(-1), padding=(4, 0))
+def growth(config: BenchConfig) -> list[scaling.Growth]:
+    """How the cost of the first backbone at 0.95, and of one convolution, grows; on the first number of threads."""
+    threads = config.threads[0]
+    torch.set_num_threads(threads)
+    here = Setting(config.backbones[0], 1, threads, 1, config.frames, config.classes)
+    return scaling.network(here, Pattern(0.95, config.blocks[0]), config.rounds) + scaling.live_blocks(threads, config.rounds)
 
 
-def _sparse_conv(x: Tensor, values: Tensor, pattern: BlockPattern) -> Callable[[], Tensor]:
-    return lambda: temporal_conv(x, values, pattern)
+def write(path: Path, config: BenchConfig, rows: list[Row], grown: list[scaling.Growth]) -> None:
+    """The rows with the settings and the environment that they depend on, as JSON and as markdown."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {"config": asdict(config), "environment": environment(), "rows": [asdict(row) for row in rows],
+              "scaling": [asdict(row) for row in grown]}
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(tables(rows, grown) + "\n", encoding="utf-8")
 
 
-def _name(level: float, config: BenchConfig) -> str:
-    return f"sparse_stgcn {level:g} ({config.block})"
-
-
-def _inference(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    def run() -> Tensor:
-        with torch.inference_mode():
-            return model(x)
-
-    return run
-
-
-def _double_logits(model: nn.Module, x: Tensor) -> Tensor:
-    return _inference(sparsity.densify(copy.deepcopy(model)).double().eval(), x.double())()
-
-
-def _step(model: nn.Module, x: Tensor, label: Tensor, optimizer: torch.optim.Optimizer
-          ) -> Callable[[], Tensor]:
-    def run() -> Tensor:
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), label).backward()
-        optimizer.step()
-        return model.cls_head.fc_cls.weight.grad
-
-    return run
-
-
-def markdown(rows: list[Row]) -> str:
-    """The rows as a markdown table."""
-    lines = ["| | | ms per batch | against the best dense engine |", "| --- | --- | ---: | ---: |"]
-    lines += [f"| {row.what} | {row.name} | {1e3 * row.seconds:.1f} | {row.speedup:.2f}x |" for row in rows]
-    return "\n".join(lines)
-
-
-def measure(config: BenchConfig) -> dict[str, Any]:
-    """All rows with the settings and the environment that they depend on."""
-    torch.set_num_threads(config.threads)
-    torch.manual_seed(0)
-    if config.ops:
-        with torch.inference_mode():
-            rows = temporal_convolutions(config)
-        return {"config": asdict(config), "environment": environment(), "rows": [asdict(row) for row in rows]}
-    x = torch.randn(config.batch, config.persons, config.frames, 25, 3)
-    dense = backbones.create_model(config.backbone, config.classes)
-    sparse = {level: sparsity.compact(sparsity.sparsify(copy.deepcopy(dense), level, config.block, density=config.density))
-              for level in config.levels}
-    rows = inference(config, dense, sparse, x)
-    if config.training:
-        rows += training(config, dense, sparse, x)
-    return {"config": asdict(config), "environment": environment(), "rows": [asdict(row) for row in rows]}
+def tables(rows: list[Row], grown: list[scaling.Growth]) -> str:
+    """The pivot, all rows, and the growth of the cost, as far as they were measured."""
+    made = [pivot(rows), markdown(rows)] if rows else []
+    return "\n\n".join(made + ([scaling.markdown(grown)] if grown else []))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,13 +142,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     config = tyro.cli(BenchConfig, args=argv, prog="python -m sparse_stgcn.bench")
     config.validate()
-    result = measure(config)
-    print(", ".join(f"{name} {value}" for name, value in result["environment"].items()))
-    print(markdown([Row(**row) for row in result["rows"]]))
-    if config.out:
-        path = Path(config.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+    out = Path(config.out) if config.out else None
+    rows = measure(config, (lambda rows: write(out, config, rows, [])) if out else None)
+    grown = growth(config) if "scaling" in config.what else []
+    if out:
+        write(out, config, rows, grown)
+    print(", ".join(f"{name} {value}" for name, value in environment().items()))
+    print(tables(rows, grown))
     return 0
 
 

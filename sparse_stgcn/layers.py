@@ -2,15 +2,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import BlockPattern, graph_conv, temporal_conv
+from .kernels import BlockPattern, _native, graph_conv, norm, temporal_conv
+from .kernels.dispatch import choose
 
-__all__ = ["SparseConv2d", "TemporalUnit", "pointwise_unit"]
+__all__ = ["SparseConv2d", "TemporalUnit", "Units", "normalise", "pointwise_unit", "run_units"]
 
 
 class SparseConv2d(nn.Module):
@@ -205,6 +207,54 @@ class SparseConv2d(nn.Module):
         return text if self.pattern is None else f"{text}, {self.stage}, {self.pattern}"
 
 
+def normalise(bns: nn.Module | Sequence[nn.Module], xs: Tensor | Sequence[Tensor], residual: Tensor | None = None,
+              relu: bool = False, relu_before: bool = False) -> Tensor:
+    """relu(cat(bn_i(x_i)) + residual): batch norms, residual and ReLU of a unit, (N, C_i, T, V) -> (N, sum C_i, T, V).
+
+    With ``relu_before`` there is also a ReLU between norm and residual.
+
+    In training mode on a CPU it is one pass, see ``kernels.norm``, with the running statistics of ``nn.BatchNorm2d``;
+    elsewhere PyTorch's own layers run one after the other.
+    """
+    norms = [bns] if isinstance(bns, nn.Module) else list(bns)
+    tensors = [xs] if isinstance(xs, Tensor) else list(xs)
+    if all(_fuses(bn, x) for bn, x in zip(norms, tensors, strict=True)) and len({bn.eps for bn in norms}) == 1:
+        return _fused(norms, tensors, residual, relu, relu_before)
+    parts = [bn(x) for bn, x in zip(norms, tensors, strict=True)]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    y = F.relu(y) if relu_before else y
+    y = y if residual is None else y + residual
+    return F.relu(y) if relu else y
+
+
+def _fuses(bn: nn.Module, x: Tensor) -> bool:
+    """Whether ``kernels.norm`` can stand for ``bn`` on x."""
+    if type(bn) is not nn.BatchNorm2d or bn.weight is None or not (bn.training or bn.running_mean is None):
+        return False
+    if bn.weight.dtype != x.dtype or x.numel() < 2 * x.shape[1] or torch.is_autocast_enabled(x.device.type):
+        return False
+    forced = os.environ.get("SPARSE_STGCN_BACKEND") or None
+    return x.device.type == "cpu" and choose(
+        "norm", "cpu", x.dtype, forced=forced, native_available=_native.module is not None).backend == "native"
+
+
+def _fused(norms: list[nn.BatchNorm2d], xs: list[Tensor], residual: Tensor | None, relu: bool,
+           relu_before: bool) -> Tensor:
+    join = lambda tensors: tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    y, mean, variance = norm(xs, join([bn.weight for bn in norms]), join([bn.bias for bn in norms]), norms[0].eps, residual, relu,
+                             relu_before)
+    widths = [bn.num_features for bn in norms]
+    with torch.no_grad():
+        for bn, batch_mean, batch_variance in zip(norms, mean.split(widths), variance.split(widths), strict=True):
+            if bn.running_mean is None:
+                continue
+            bn.num_batches_tracked.add_(1)
+            momentum = 1 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
+            bn.running_mean.lerp_(batch_mean, momentum)
+            bn.running_var.lerp_(batch_variance, momentum)
+    return y
+
+
 class TemporalUnit(nn.Module):
     """k x 1 convolution over frames, then batch norm: (N, I, T, V) -> (N, O, ceil(T / stride), V).
 
@@ -224,10 +274,32 @@ class TemporalUnit(nn.Module):
         self.conv = SparseConv2d(in_channels, out_channels, kernel_size, stride, dilation)
         self.bn = nn.BatchNorm2d(out_channels) if norm else nn.Identity()
 
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """relu(bn(conv(x)) + residual)."""
+        return normalise(self.bn, self.conv(x), residual, relu)
+
+
+class Units(nn.Sequential):
+    """nn.Sequential in which a batch norm and the ReLU behind it run as one, see ``normalise``."""
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x))
+        return run_units(list(self), x)
 
 
-def pointwise_unit(in_channels: int, out_channels: int) -> nn.Sequential:
+def run_units(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """The modules one after the other, a batch norm and the ReLU behind it as one."""
+    normed = False  # the ReLU that comes is done already
+    for module, following in zip(modules, [*modules[1:], None], strict=True):
+        if isinstance(module, nn.BatchNorm2d):
+            normed = isinstance(following, nn.ReLU)
+            x = normalise(module, x, relu=normed)
+        elif not normed:
+            x = module(x)
+        else:
+            normed = False
+    return x
+
+
+def pointwise_unit(in_channels: int, out_channels: int) -> Units:
     """1 x 1 convolution and batch norm, with the state-dict keys ``0`` and ``1``."""
-    return nn.Sequential(SparseConv2d(in_channels, out_channels), nn.BatchNorm2d(out_channels))
+    return Units(SparseConv2d(in_channels, out_channels), nn.BatchNorm2d(out_channels))

@@ -162,7 +162,7 @@ def test_worker_copy_starts_with_an_empty_cache() -> None:
     data = SkeletonDataset(archive(), clip_len=20)
     want = batch_of(data, [0, 1, 2])
     copy = pickle.loads(pickle.dumps(data))
-    assert not copy._cache and copy._cache_left == 512 << 20
+    assert not copy._cache and copy._cached == 0
     assert torch.equal(want, batch_of(copy, [0, 1, 2]))
 
 
@@ -196,3 +196,14 @@ def test_real_sets_pass_through(shared: Path, name: str) -> None:
             assert torch.isfinite(x).all() and x.any()
         first = data.sequence(0)
         assert not first[0, 0, source.skeleton.root].any(), "the first frame is centred at the root"
+
+
+def test_workers_share_the_cache() -> None:
+    class Kept(SkeletonDataset):
+        def __getitem__(self, index: int) -> int:
+            super().__getitem__(index)
+            return self._cached
+
+    data = Kept(archive(), "train", clip_len=8, cache_bytes=50_000)
+    shared, alone = (max(DataLoader(data, batch_size=None, num_workers=workers)) for workers in (2, 0))
+    assert 0 < shared <= 25_000 < alone <= 50_000

@@ -31,7 +31,7 @@ def keypoint(batch: int, frames: int, joints: int = 25, persons: int = 2):
 def assert_same(model, x, tolerance=2e-6):
     with torch.inference_mode():
         want = sparse_stgcn.densify(copy.deepcopy(model)).double().eval()(x.double())
-    got = runtime.optimize(model)(x)
+    got = runtime.optimize(model, engine="fused")(x)
     assert isinstance(runtime.optimize(model), runtime.FusedRecognizer)
     assert ((got - want).abs().max() / want.abs().max()).item() <= tolerance
     return got
@@ -73,7 +73,7 @@ def test_any_strides_of_the_input():
     model, x = network(0.8), keypoint(2, 20)
     wide = torch.full((2, 2, 40, 27, 4), float("nan"))
     wide[:, :, ::2, 1:-1, :3] = x
-    fused = runtime.optimize(model)
+    fused = runtime.optimize(model, engine="fused")
     for view in (wide[:, :, ::2, 1:-1, :3], x.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)):
         assert torch.equal(fused(view), fused(x))
 

@@ -1,5 +1,6 @@
 // AVX2 with FMA: 16 registers of 32 bytes.
 #if defined(__x86_64__)
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -19,7 +20,7 @@ namespace {
 }  // namespace
 
 const Table& avx2_table() {
-  static const Table table{"avx2", ops<float>(), ops<double>(), fused_run};
+  static const Table table{"avx2", ops<float>(), ops<double>(), fused_run, fma_burst};
   return table;
 }
 }  // namespace sparse_stgcn

@@ -1,5 +1,6 @@
 // AVX-512: 32 registers of 64 bytes.
 #if defined(__x86_64__)
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -19,7 +20,7 @@ namespace {
 }  // namespace
 
 const Table& avx512_table() {
-  static const Table table{"avx512", ops<float>(), ops<double>(), fused_run};
+  static const Table table{"avx512", ops<float>(), ops<double>(), fused_run, fma_burst};
   return table;
 }
 }  // namespace sparse_stgcn

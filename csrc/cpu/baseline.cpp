@@ -1,4 +1,5 @@
 // What every x86-64 (SSE2) and aarch64 (NEON) processor has: 16-byte vectors.
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -15,7 +16,7 @@ namespace {
 }  // namespace
 
 const Table& baseline_table() {
-  static const Table table{"baseline", ops<float>(), ops<double>(), fused_run};
+  static const Table table{"baseline", ops<float>(), ops<double>(), fused_run, fma_burst};
   return table;
 }
 }  // namespace sparse_stgcn

@@ -25,6 +25,9 @@ struct FusedStep {
     kConv,   // dst = relu(W (rows of the arena) + bias + residual): any tap, stride and strided residual is an offset
     kSplit,  // frames of src sorted into `planes` planes: what a strided convolution reads
     kPool,   // mean over all pixels of a row -> features
+    kAaGraph = 8,  // AA-GCN: embeddings of a person, G_k = A_k + alpha tanh(a_k' b_k / (R T)) -> maps
+    kAaApply,      // Z_k = X G_k for the rows that live blocks read; dst = relu(W Z + bias + residual)
+    kAttend,       // dst scaled by 1 + sigmoid for joints, then frames, then channels
     kMeans = 16,  // mean over frames of every row of src -> rows of joints
     kCtr,         // tanh maps; for every channel graphs from them, dst = relu(sum over subsets of x3_k G_k + bias + residual)
     kDg,          // dst = relu(pre(src)) G, a graph for every channel
@@ -49,6 +52,7 @@ struct FusedStep {
   const int32_t *ptr = nullptr, *source = nullptr;              // kGraph: sparse adjacency by (k, w), `entries` long
   const float* coef = nullptr;
   FusedGraphs graphs;
+  int64_t maps = 0, hidden = 0;  // AA-GCN: offset of the graphs; kAaGraph: R, kAttend: width between the two linear layers
 };
 
 struct FusedNetwork {

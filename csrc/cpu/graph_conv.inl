@@ -3,7 +3,7 @@
 //
 // The adjacency goes first: sum_k (W_k X) A_k = sum_k W_k (X A_k). Only rows (i, k) that a live block reads are made, the
 // sum over k stays in registers, and neither W_k X nor Z ever exists as a whole tensor.
-// Backward: dZ = W^T dY by scatter into the same panel, dX_i = sum_k dZ_k,i A_k^T, dA_k[v,w] = sum X[v] dZ_k[w].
+// Backward: dZ = W^T dY by scatter into the same panel, or by gather where blocks have few outputs, dX_i = sum_k dZ_k,i A_k^T, dA_k[v,w] = sum X[v] dZ_k[w].
 
 struct GraphPlan {
   int64_t frames, tiles, ld, zrows;
@@ -80,12 +80,26 @@ void graph_forward(int64_t N, int64_t T, const Pattern& p, const Adjacency& a, V
   });
 }
 
+// dZ row by row, for blocks of few outputs: a row is gathered over all of dY, sent back through the adjacency and forgotten.
+template <class S>
+struct GatheredDz {
+  const TransposedEntries<S>& entries;
+  const S* dy;  // (O, ld)
+
+  void make(int64_t row, int64_t pixels, S* dz) const {
+    const int32_t first = entries.ptr[row];
+    gather_row(dy, {entries.offset + first, entries.weight + first, entries.ptr[row + 1] - first, 1}, 1, (const S*)nullptr, dz, 0,
+               ceil_div(pixels, lanes<S>) * lanes<S>);
+  }
+};
+
 template <class S>
 void graph_dx(int64_t N, int64_t T, const Pattern& p, const Adjacency& a, View<const S> x, View<const S> dy,
               const S* values, const S* coef, S* dx, S* dcoef, int threads) {
   const int64_t V = a.V;
   call_scratch.reserve(Scratch::room<int32_t>(p.I * p.K) + Scratch::room<int32_t>(p.blocks * p.bi) +
-                       2 * AdjacencyTable<S>::room(a) + Scratch::room<S>(max_chunks * AdjacencyTable<S>::sums(a)));
+                       2 * AdjacencyTable<S>::room(a) + Scratch::room<S>(max_chunks * AdjacencyTable<S>::sums(a)) +
+                       TransposedEntries<S>::room(p, p.K));
   int32_t* row = call_scratch.take<int32_t>(p.I * p.K);
   int32_t* offset = call_scratch.take<int32_t>(p.blocks * p.bi);
   const AdjacencyTable<S> forward(a, coef, false, call_scratch), transposed(a, coef, true, call_scratch);
@@ -93,19 +107,26 @@ void graph_dx(int64_t N, int64_t T, const Pattern& p, const Adjacency& a, View<c
   S* partial = call_scratch.take<S>(max_chunks * sums);
   const auto plan = GraphPlan::make<S>(N, T, V, p, 1, row);  // dA is a sum over tiles: they must not depend on threads
   plan.offsets(p, offset);
+  const bool gathers = p.bo < 4;
+  const TransposedEntries<S> entries(p, gathers ? p.K : 0, values, plan.ld, [](int64_t k, int64_t q) { return k == q ? 0 : -1; },
+                                     call_scratch);
   const int64_t tasks = N * plan.tiles, chunks = min64(max_chunks, max64(tasks, 1));
+  const int64_t panel_rows = gathers ? 1 : plan.zrows + 1, packed_rows = gathers ? p.O : p.bo;
   parallel(chunks, threads, [&](int64_t chunk) {
     S* sum = partial + chunk * sums;
     std::memset(sum, 0, sums * sizeof(S));
-    task_scratch.reserve(Scratch::room<S>(plan.panel_size()) + Scratch::room<S>(p.bo * plan.ld) + 2 * Scratch::room<S>(plan.ld));
-    S* panel = task_scratch.take<S>(plan.panel_size());
-    S* rows = task_scratch.take<S>(p.bo * plan.ld);
+    task_scratch.reserve(Scratch::room<S>(panel_rows * plan.ld) + Scratch::room<S>(packed_rows * plan.ld) +
+                         2 * Scratch::room<S>(plan.ld));
+    S* panel = task_scratch.take<S>(panel_rows * plan.ld);
+    S* rows = task_scratch.take<S>(packed_rows * plan.ld);
+    const GatheredDz<S> gathered{entries, rows};
     S* input = task_scratch.take<S>(plan.ld);
     S* output = task_scratch.take<S>(plan.ld);
     for (int64_t task = chunk * tasks / chunks; task < (chunk + 1) * tasks / chunks; task++) {
       const int64_t n = task / plan.tiles, t0 = task % plan.tiles * plan.frames, frames = min64(plan.frames, T - t0);
-      std::memset(panel, 0, plan.panel_size() * sizeof(S));
-      for (int64_t g = 0; g < p.rows; g++) {
+      if (gathers) pack_rows(dy, n, 0, p.O, T, V, t0, frames, rows, plan.ld);
+      else std::memset(panel, 0, panel_rows * plan.ld * sizeof(S));
+      for (int64_t g = 0; !gathers && g < p.rows; g++) {
         pack_rows(dy, n, g * p.bo, live_rows(p, g), T, V, t0, frames, rows, plan.ld);
         scatter_row(panel, block_row(p, g, offset, values), live_rows(p, g), rows, plan.ld, frames * V);
       }
@@ -115,7 +136,8 @@ void graph_dx(int64_t N, int64_t T, const Pattern& p, const Adjacency& a, View<c
         for (int64_t k = 0; k < p.K; k++) {
           const int32_t r = plan.row[i * p.K + k];
           if (r < 0) continue;
-          S* dz = panel + r * plan.ld;
+          S* dz = gathers ? panel : panel + r * plan.ld;
+          if (gathers) gathered.make(i * p.K + k, frames * V, dz);
           transposed.add(k, dz, frames, output);
           if (dcoef) forward.correlate(k, input, dz, frames, sum);
         }

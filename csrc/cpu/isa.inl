@@ -2,6 +2,9 @@
 #include "simd.inl"
 #include "tile.inl"
 #include "panel.inl"
+#include "columns.inl"
+#include "transposed.inl"
+#include "temporal_columns.inl"
 #include "temporal_conv.inl"
 #include "adjacency.inl"
 #include "graph_conv.inl"
@@ -11,15 +14,19 @@
 #include "dynamic_aa.inl"
 #include "dynamic_ctr.inl"
 #include "dynamic_dg.inl"
+#include "norm.inl"
 #include "fused.inl"
 #include "fused_product.inl"
 #include "fused_branches.inl"
 #include "fused_ctr.inl"
 #include "fused_dg.inl"
+#include "fused_aa.inl"
+#include "peak.inl"
 
 template <class S>
 constexpr Ops<S> ops() {
   return {temporal_forward<S>, temporal_dx<S>, temporal_dw<S>, graph_forward<S>,
           graph_dx<S>,         graph_dw<S>,    lasso_square<S>, lasso_gradient<S>,
-          aa_forward<S>,       aa_backward<S>, ctr_forward<S>, ctr_backward<S>, dg_forward<S>, dg_backward<S>};
+          aa_forward<S>,       aa_backward<S>, ctr_forward<S>, ctr_backward<S>, dg_forward<S>, dg_backward<S>,
+          norm_forward<S>,     norm_backward<S>};
 }

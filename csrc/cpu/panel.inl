@@ -75,6 +75,13 @@ INLINE void add_chunks(const S* partial, int64_t chunks, int64_t blocks, int64_t
   });
 }
 
+template <class S>
+Entries<S> block_row(const Pattern& p, int64_t g, const int32_t* offset, const S* values) {
+  const int64_t first = p.row_ptr[g] * p.bi;
+  return {offset + first, values + first * p.bo, (p.row_ptr[g + 1] - p.row_ptr[g]) * p.bi, p.bo};
+}
+INLINE int64_t live_rows(const Pattern& p, int64_t g) { return min64(p.bo, p.O - g * p.bo); }
+
 // The sum of a row of pixels, padded with zeros to whole vectors.
 template <class S>
 INLINE S sum_row(const S* row, int64_t pixels) {

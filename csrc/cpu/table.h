@@ -52,6 +52,11 @@ struct GroupView {
   int64_t stride[5];
 };
 
+// Batch norm over samples and pixels: P = T * V pixels lie in one run. Of a View of it only stride[0], stride[1] are read.
+struct NormShape {
+  int64_t N, C, P;
+};
+
 template <class S>
 struct Ops {
   void (*temporal_forward)(const TemporalShape&, const Pattern&, View<const S> x, const S* values, const S* bias, S* y,
@@ -85,6 +90,13 @@ struct Ops {
   void (*dg_backward)(const DynamicShape&, GroupView<const S> x, View<const S> x1, View<const S> x2, const S* alpha,
                       const S* beta, const S* A, GroupView<const S> dy, S* dx, S* dx1, S* dx2, S* dalpha, S* dbeta, S* dA,
                       int threads);
+
+  // residual may have data == nullptr, and y and dresidual of the backward pass both; variance: unbiased.
+  void (*norm_forward)(const NormShape&, View<const S> x, View<const S> residual, const S* gamma, const S* beta, double eps,
+                       bool open, bool relu, View<S> y, S* mean, S* rstd, S* variance, int threads);
+  void (*norm_backward)(const NormShape&, View<const S> dy, View<const S> x, View<const S> y, const S* gamma, const S* beta,
+                        const S* mean, const S* rstd, bool open, View<S> dx, View<S> dresidual, S* dgamma, S* dbeta,
+                        int threads);
 };
 
 struct Table {
@@ -94,6 +106,7 @@ struct Table {
   // x (batch, persons, T, V, C) with any strides -> features (batch * persons, network.features).
   void (*fused_run)(const FusedNetwork&, int64_t batch, int64_t persons, const float* x, const int64_t stride[5],
                     float* features, int threads);
+  int64_t (*fma_burst)(int64_t rounds);  // peak.inl
 };
 
 const Table& baseline_table();

@@ -3,6 +3,9 @@
 // x (N, I, T, V) any strides, y (N, O, T_out, V) contiguous, values (blocks, bi, bo). Reference: kernels/reference.py.
 // A task is one tile of output frames of one sample: pack the tile's input with its halo, then let every block row
 // sweep it. dX scatters with the same offsets; frames in the halo are computed twice, so that tiles share nothing.
+// Blocks of few outputs take the columns of temporal_columns.inl instead.
+
+INLINE bool by_columns(const Pattern& p) { return p.bo < 4 && p.K > 1; }
 
 struct TemporalPlan {
   int64_t phases, frames, plane_frames, tiles, plane, ld, padding;
@@ -47,15 +50,9 @@ void pack_panel(const TemporalPlan& plan, const TemporalShape& s, const Pattern&
 }
 
 template <class S>
-Entries<S> block_row(const Pattern& p, int64_t g, const int32_t* offset, const S* values) {
-  const int64_t first = p.row_ptr[g] * p.bi;
-  return {offset + first, values + first * p.bo, (p.row_ptr[g + 1] - p.row_ptr[g]) * p.bi, p.bo};
-}
-INLINE int64_t live_rows(const Pattern& p, int64_t g) { return min64(p.bo, p.O - g * p.bo); }
-
-template <class S>
 void temporal_forward(const TemporalShape& s, const Pattern& p, View<const S> x, const S* values, const S* bias, S* y,
                       int threads) {
+  if (by_columns(p)) return column_forward(s, p, x, values, bias, y, threads);
   const auto plan = TemporalPlan::make<S>(s, p, threads);
   call_scratch.reserve(Scratch::room<int32_t>(p.blocks * p.bi));
   int32_t* offset = call_scratch.take<int32_t>(p.blocks * p.bi);
@@ -78,6 +75,7 @@ void temporal_forward(const TemporalShape& s, const Pattern& p, View<const S> x,
 
 template <class S>
 void temporal_dx(const TemporalShape& s, const Pattern& p, View<const S> dy, const S* values, S* dx, int threads) {
+  if (by_columns(p)) return column_dx(s, p, dy, values, dx, threads);
   // Tiles of input frames. Tile [a, b) is reached by output frames [first, last); its panel starts at output `first`.
   TemporalPlan plan = TemporalPlan::make<S>(s, p, threads);
   const int64_t reach = (p.K - 1) * s.dilation, tile = ceil_div(s.T, plan.tiles);
@@ -112,6 +110,7 @@ void temporal_dx(const TemporalShape& s, const Pattern& p, View<const S> dy, con
 template <class S>
 void temporal_dw(const TemporalShape& s, const Pattern& p, View<const S> x, View<const S> dy, const Lasso<S>& lasso, S* dw,
                  S* dbias, int threads) {
+  if (by_columns(p)) return column_dw(s, p, x, dy, lasso, dw, dbias, threads);
   const auto plan = TemporalPlan::make<S>(s, p, 1);  // tiles must not depend on the number of threads
   const int64_t entries = p.blocks * p.bi, size = entries * p.bo, tasks = s.N * plan.tiles;
   const int64_t chunks = min64(max_chunks, max64(tasks, 1)), ldy = row_length<S>(plan.frames * s.V);

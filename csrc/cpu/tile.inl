@@ -126,6 +126,26 @@ INLINE void vector_pieces(int64_t vectors, F body) {
   for (; i < vectors; i++) body(Int<1>{}, i);
 }
 
+// Frames of a column (columns.inl) in one register tile, and their cut into tiles that differ by one frame at most: body(Int<n>, first).
+template <int R>
+constexpr int frame_tile = MAX_ROWS == 8 ? (R == 8 ? 3 : R == 4 ? 5 : R == 2 ? 8 : 13) : (R == 4 ? 3 : R == 2 ? 5 : 9);
+
+template <int N, class F>
+INLINE void of_size(int64_t size, int64_t first, F body) {
+  if constexpr (N == 1) body(Int<1>{}, first);
+  else if (size == N) body(Int<N>{}, first);
+  else of_size<N - 1>(size, first, body);
+}
+template <int N, class F>
+INLINE void even_pieces(int64_t count, F body) {
+  int64_t first = 0;
+  for (int64_t pieces = ceil_div(count, N); pieces > 0; pieces--) {
+    const int64_t size = ceil_div(count - first, pieces);
+    of_size<N>(size, first, body);
+    first += size;
+  }
+}
+
 // One block row over `pixels` pixels of a panel, forward.
 template <class S>
 INLINE void gather_row(const S* panel, Entries<S> e, int64_t rows, const S* bias, S* y, int64_t ldy, int64_t pixels) {

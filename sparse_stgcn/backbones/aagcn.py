@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.dynamic import aa_aggregate
-from ..layers import SparseConv2d, TemporalUnit
+from ..layers import SparseConv2d, TemporalUnit, normalise
 from ..skeleton import Skeleton
 from .base import Backbone, graph_parameter, init_fan_out, shortcut
 
@@ -62,7 +62,7 @@ class AdaptiveGraphUnit(nn.Module):
         for conv_a, conv_b, conv_d, graph in zip(self.conv_a, self.conv_b, self.conv_d, self.A, strict=True):
             part = conv_d(aa_aggregate(x, conv_a(x), conv_b(x), self.alpha, graph))
             y = part if y is None else y + part
-        y = F.relu_(self.bn(y) + self.down(x))
+        y = normalise(self.bn, y, self.down(x), relu=True)
         return self._attend(y) if self.attention else y
 
     def _attend(self, y: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import SparseConv2d, TemporalUnit, pointwise_unit
@@ -22,7 +21,8 @@ StridedUnit = Callable[[int, int, int], nn.Module]
 class Block(nn.Module):
     """ReLU(temporal(spatial(x)) + residual(x)): (N, I, T, V) -> (N, O, ceil(T / stride), V).
 
-    ``names`` are the state-dict keys of the spatial and the temporal unit. The residual is the input, or a
+    ``names`` are the state-dict keys of the spatial and the temporal unit; the temporal unit takes the residual and whether
+    to end with a ReLU as arguments, so that both can be part of its batch norm. The residual is the input, or a
     strided 1 x 1 convolution with batch norm where the shape changes, or absent (``residual=False``).
     """
 
@@ -46,8 +46,8 @@ class Block(nn.Module):
             self.residual = nn.Identity() if same else TemporalUnit(in_channels, out_channels, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = getattr(self, self.names[1])(getattr(self, self.names[0])(x))
-        return F.relu(y) if self.residual is None else F.relu_(y + self.residual(x))
+        spatial, temporal = (getattr(self, name) for name in self.names)
+        return temporal(spatial(x), None if self.residual is None else self.residual(x), relu=True)
 
 
 class Backbone(nn.Module):

@@ -2,11 +2,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.dynamic import ctr_aggregate
-from ..layers import SparseConv2d
+from ..layers import SparseConv2d, normalise
 from ..skeleton import Skeleton
 from .base import Backbone, graph_parameter, init_fan_out, shortcut
 from .multibranch import BranchedTemporal, MixedTemporal
@@ -57,7 +56,7 @@ class ChannelGraphUnit(nn.Module):
         for conv, graph in zip(self.convs, self.A, strict=True):
             part = conv(x, mean, self.alpha, graph)
             y = part if y is None else y + part
-        return F.relu_(self.bn(y) + self.down(x))
+        return normalise(self.bn, y, self.down(x), relu=True)
 
 
 class CTRGCN(Backbone):

@@ -2,11 +2,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.dynamic import dg_aggregate
-from ..layers import SparseConv2d, pointwise_unit
+from ..layers import SparseConv2d, normalise, pointwise_unit
 from ..skeleton import Skeleton
 from .base import Backbone, graph_parameter, shortcut
 from .multibranch import MixedTemporal
@@ -46,7 +45,7 @@ class GroupGraphUnit(nn.Module):
             self.beta[0],
             self.A,
         )
-        return F.relu_(self.bn(self.post(y.flatten(1, 2))) + self.down(x))
+        return normalise(self.bn, self.post(y.flatten(1, 2)), self.down(x), relu=True)
 
 
 class DGSTGCN(Backbone):

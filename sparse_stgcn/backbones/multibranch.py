@@ -4,10 +4,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import SparseConv2d, TemporalUnit, pointwise_unit
+from ..layers import SparseConv2d, TemporalUnit, Units, normalise, pointwise_unit, run_units
 
 __all__ = ["BranchedTemporal", "MixedTemporal"]
 
@@ -24,13 +23,21 @@ def _branch(spec: BranchSpec, in_channels: int, width: int, stride: int, norm: b
     """
     if spec == "1x1":
         conv = SparseConv2d(in_channels, width, stride=stride)
-        return nn.Sequential(conv, nn.BatchNorm2d(width)) if norm else conv
+        return Units(conv, nn.BatchNorm2d(width)) if norm else conv
     branch = pointwise_unit(in_channels, width).append(nn.ReLU(inplace=True))
     if isinstance(spec, str):
         branch.append(nn.MaxPool2d((3, 1), (stride, 1), (1, 0)))
         return branch.append(nn.BatchNorm2d(width)) if norm else branch
     kernel, dilation = spec
     return branch.append(TemporalUnit(width, width, kernel, stride, dilation, norm=norm))
+
+
+def _before_norm(branch: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, nn.Module]:
+    """What the batch norm at the end of a branch takes, and that norm."""
+    *begin, last = branch
+    if isinstance(last, TemporalUnit):
+        return last.conv(run_units(begin, x)), last.bn
+    return run_units(begin, x), last
 
 
 class BranchedTemporal(nn.Module):
@@ -48,8 +55,10 @@ class BranchedTemporal(nn.Module):
             for spec in _CTR_BRANCHES
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu_(torch.cat([branch(x) for branch in self.branches], 1))
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """relu(unit(x) + residual)."""
+        xs, norms = zip(*(_before_norm(branch, x) for branch in self.branches), strict=True)
+        return normalise(norms, xs, residual, relu, relu_before=True)
 
 
 class MixedTemporal(nn.Module):
@@ -72,15 +81,16 @@ class MixedTemporal(nn.Module):
         self.joint_mean = joint_mean
         self.branches = nn.ModuleList(_branch(spec, in_channels, size, stride, norm=False)
                                       for spec, size in zip(_MIXED_BRANCHES, widths, strict=True))
-        self.transform = nn.Sequential(nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True),
-                                       SparseConv2d(out_channels, out_channels))
+        self.transform = Units(nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True),
+                               SparseConv2d(out_channels, out_channels))
         self.bn = nn.BatchNorm2d(out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """relu(unit(x) + residual)."""
         joints = x.shape[3]
         if self.joint_mean:
             x = torch.cat([x, x.mean(3, keepdim=True)], 3)
         y = torch.cat([branch(x) for branch in self.branches], 1)
         if self.joint_mean:
             y = y[..., :joints] + y[..., joints:] * self.add_coeff[:joints]
-        return self.bn(self.transform(y))
+        return normalise(self.bn, self.transform(y), residual, relu)

@@ -2,10 +2,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import SparseConv2d, TemporalUnit
+from ..layers import SparseConv2d, TemporalUnit, normalise
 from ..skeleton import Skeleton
 from .base import Backbone, graph_parameter
 
@@ -60,7 +59,7 @@ class GraphUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         support = self.support() if self.conv.stage == "compact" else None
-        return F.relu_(self.bn(self.conv.aggregate(x, self.graph(), support)))
+        return normalise(self.bn, self.conv.aggregate(x, self.graph(), support), relu=True)
 
 
 class STGCN(Backbone):

@@ -71,6 +71,24 @@ def paired(candidates: list[Candidate], rounds: int = 11, warmup: int = 2) -> di
     return {name: Timing(values) for name, values in seconds.items()}
 
 
+def machine_peaks(threads: int, seconds: float = 0.05) -> tuple[float, float]:
+    """(multiply-add peak in flop/s, copy bandwidth in bytes/s, read and written) of ``threads`` threads together, right now.
+
+    Independent multiply-adds in registers, and a copy between buffers that no cache holds; (0, 0) without the native module.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from ..kernels import _native
+
+    if _native.module is None:
+        return 0.0, 0.0
+    module, size = _native.module, 64 << 20
+    with ThreadPoolExecutor(threads) as pool:
+        flops = sum(pool.map(lambda _: module.fma_peak(seconds), range(threads)))
+        copied = sum(pool.map(lambda _: module.copy_bandwidth(size, seconds), range(threads)))
+    return flops * 1e9, copied * 1e9
+
+
 def environment() -> dict[str, str | int]:
     """What a figure depends on: processor, instruction set, threads, versions, commit and date."""
     import platform

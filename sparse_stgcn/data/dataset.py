@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from ..errors import UserError
 from . import transforms as tf
@@ -44,7 +44,7 @@ class SkeletonDataset(Dataset[tuple[Tensor, int, int]]):
         missing: what to do about joints that are NaN or lost: keep, interpolate, zero or drop
             (see `transforms.fill_missing`). With "keep" a NaN in the archive is an error.
         sampler: test frames as PYSKL's "uniform" sampler draws them or its "decode" variant.
-        cache_bytes: memory for normalised sequences.
+        cache_bytes: memory for normalised sequences, of all workers together.
 
     Raises:
         UserError: an option is not as above, the split is empty, or the archive holds NaN and `missing` is "keep".
@@ -92,7 +92,7 @@ class SkeletonDataset(Dataset[tuple[Tensor, int, int]]):
         self.epoch = 0
         self._axes = body_axes(archive.skeleton)
         self._cache: dict[int, np.ndarray] = {}
-        self._cache_left = cache_bytes
+        self._cache_bytes, self._cached = cache_bytes, 0
 
     def __len__(self) -> int:
         return len(self.members)
@@ -162,8 +162,9 @@ class SkeletonDataset(Dataset[tuple[Tensor, int, int]]):
         member = int(self.members[index])
         keypoint, score = self.archive.read(member)
         features = np.ascontiguousarray(self._features(keypoint, score, member), dtype=np.float32)
-        if features.nbytes <= self._cache_left:
-            self._cache_left -= features.nbytes
+        worker = get_worker_info()  # workers draw different sequences: each has its share of the memory
+        if self._cached + features.nbytes <= self._cache_bytes // (worker.num_workers if worker else 1):
+            self._cached += features.nbytes
             self._cache[index] = features
         return features
 
@@ -208,4 +209,4 @@ class SkeletonDataset(Dataset[tuple[Tensor, int, int]]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker fills its own cache.
-        return {**self.__dict__, "_cache": {}, "_cache_left": self._cache_left + sum(v.nbytes for v in self._cache.values())}
+        return {**self.__dict__, "_cache": {}, "_cached": 0}

@@ -57,8 +57,8 @@ def resolve_protocol(
         return f"fold{k}", fold != k, fold == k
     if protocol is None:
         if len(found) != 1 and "" not in found:
-            raise UserError(f"{offered} Got none; name one." if found else f"{offered} Got none; add the key train, a "
-                            "(N,) bool array.")
+            raise UserError(f"{offered} Got none; name one." if found else
+                            f"{offered} Got the splits {', '.join(splits) or '(none)'}; add a pair, such as train and val.")
         key = "" if "" in found else next(iter(found))
     else:
         key = protocol if protocol in found else PROTOCOLS.get(protocol, protocol)

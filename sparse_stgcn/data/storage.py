@@ -22,7 +22,7 @@ from ..errors import UserError
 DAMAGED = (ValueError, OSError, EOFError, KeyError, IndexError, TypeError, SyntaxError, NotImplementedError, MemoryError,
            OverflowError, RuntimeError, RecursionError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
 # After so many bytes read from a memory map its pages are handed back to the system.
-RELEASE_BYTES = 256 << 20
+RELEASE_BYTES = 64 << 20
 _read_bytes: dict[int, int] = {}
 
 

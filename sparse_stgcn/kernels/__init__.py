@@ -5,7 +5,9 @@ from ._library import Lasso
 from .dispatch import backends
 from .graph_conv import Support, graph_conv
 from .group_lasso import group_lasso, lasso_terms
+from .norm import norm
 from .pattern import BlockPattern
 from .temporal_conv import temporal_conv
 
-__all__ = ["BlockPattern", "Lasso", "Support", "backends", "graph_conv", "group_lasso", "lasso_terms", "temporal_conv"]
+__all__ = ["BlockPattern", "Lasso", "Support", "backends", "graph_conv", "group_lasso", "lasso_terms", "norm",
+           "temporal_conv"]

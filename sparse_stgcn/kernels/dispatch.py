@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +56,19 @@ def choose(op: str, device: str, dtype: torch.dtype, *, adjacency_dims: int = 3,
 
 
 _warned: set[str] = set()
+
+
+@contextmanager
+def forced_backend(name: str) -> Iterator[None]:
+    """Run the ops of this process on one backend, as SPARSE_STGCN_BACKEND does: ``reference`` is torch alone."""
+    before = os.environ.get("SPARSE_STGCN_BACKEND")
+    os.environ["SPARSE_STGCN_BACKEND"] = name
+    try:
+        yield
+    finally:
+        os.environ.pop("SPARSE_STGCN_BACKEND")
+        if before is not None:
+            os.environ["SPARSE_STGCN_BACKEND"] = before
 
 
 def backend_for(op: str, device: torch.device, dtype: torch.dtype, adjacency_dims: int = 3) -> str:

@@ -55,3 +55,18 @@ def group_lasso(weights: Sequence[Tensor], patterns: Sequence[BlockPattern], gro
         positive = square > 0
         total = total + torch.where(positive, torch.where(positive, square, torch.ones_like(square)).sqrt(), 0)
     return total
+
+
+def norm(xs: Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float = 1e-5, residual: Tensor | None = None,
+         relu: bool = False, relu_before: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """y = weight (x - mean) / sqrt(var + eps) + bias, x the channels of ``xs`` one after the other; then, each if asked for,
+    ReLU (``relu_before``), plus residual, ReLU (``relu``).
+
+    Shapes: xs (N, C_i, T, V) -> y (N, C, T, V), mean (C,) and unbiased variance (C,) over samples and pixels.
+    """
+    x = torch.cat(list(xs), 1)
+    variance, mean = torch.var_mean(x, (0, 2, 3))
+    y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+    y = F.relu(y) if relu_before else y
+    y = y if residual is None else y + residual
+    return F.relu(y) if relu else y, mean, variance

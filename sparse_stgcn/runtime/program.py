@@ -14,6 +14,7 @@ from ..layers import SparseConv2d
 from ..recognizer import Recognizer
 
 GRAPH, CONV, SPLIT, POOL = range(4)  # FusedStep::Kind
+AA_GRAPH, AA_APPLY, ATTEND = range(8, 11)
 SLACK = 12 * 16  # floats that a tile may touch past the last pixel of a row
 
 
@@ -51,7 +52,7 @@ class Entries:
         """The entries of a convolution whose output channels are multiplied by ``gain``."""
         pattern = conv.pattern if conv.values is not None else BlockPattern.full(conv.shape_oik, (8, 1))
         assert pattern is not None
-        values = conv.values if conv.values is not None else pattern.gather(conv.weight_oik())
+        values = conv.values if conv.values is not None else pattern.gather(conv.as_oik(conv.dense_weight()))
         (out, inputs, _), (bo, bi) = pattern.shape, pattern.block
         gains = torch.zeros(-(-out // bo) * bo, dtype=values.dtype)
         gains[:out] = gain
@@ -75,6 +76,20 @@ class Entries:
         """Both lists in one: outputs are the sums."""
         a, b = (self, other) if self.bo == other.bo else (self.split(), other.split())
         return Entries(a.rows, a.bo, *([*getattr(a, n), *getattr(b, n)] for n in ("row", "input", "tap", "weight", "offset")))
+
+    @staticmethod
+    def stack(parts: list[Entries]) -> Entries:
+        """The lists of several convolutions as one, outputs one after the other, each in whole blocks."""
+        if len({part.bo for part in parts}) > 1:
+            parts = [part.split() for part in parts]
+        made, groups = Entries(0, parts[0].bo), 0
+        for part in parts:
+            made.row += [row + groups for row in part.row]
+            for name in ("input", "tap", "weight", "offset"):
+                getattr(made, name).extend(getattr(part, name))
+            groups += -(-part.rows // part.bo)
+        made.rows = groups * made.bo
+        return made
 
     def split(self) -> Entries:
         """The same entries in blocks of one output."""

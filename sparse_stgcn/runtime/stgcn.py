@@ -14,10 +14,10 @@ _TILE = 16  # frames for which X A_k is made at a time
 
 
 class STGCNProgram(Program):
-    """Compiles an ST-GCN."""
+    """Compiles an ST-GCN, or another network whose temporal unit is its 9 x 1 convolution: ``spatial`` makes the rest."""
 
     def width(self, block: Block) -> int:
-        return getattr(block, block.names[0]).conv.out_channels
+        return getattr(block, block.names[1]).conv.out_channels
 
     def block(self, block: Block, source: tuple[int, int, int]) -> tuple[int, int, int]:
         """The steps of one block, in place over X; returns X after it: (offset, row length, frames)."""
@@ -27,28 +27,31 @@ class STGCNProgram(Program):
         out = -(-frames // stride)
         reach = (conv.kernel_size - 1) * conv.dilation
         planes, padding = (stride if stride > 1 else 1), reach // 2
+        channels, wide = conv.in_channels, self.inputs(unit)
         # H, between the two convolutions: padded frames in `planes` planes, so that every tap is one fixed offset.
         plane_frames = out + reach // stride
         plane_ld = row_length(plane_frames * joints)
         ldh = planes * plane_ld
         base = self.arena.size
-        hidden = self.arena.take(unit.conv.out_channels * ldh)
+        hidden = self.arena.take(channels * ldh)
         if planes > 1:
             ldp = planes * row_length(out * joints)
-            split = self.arena.take(unit.conv.in_channels * ldp)
+            split = self.arena.take(wide * ldp)
             self.steps.append({"kind": SPLIT, "src": x, "src_ld": ldx, "src_frames": frames, "dst": split, "dst_ld": ldp,
-                               "planes": planes, "plane_ld": ldp // planes, "frames": out, "rows": unit.conv.in_channels})
+                               "planes": planes, "plane_ld": ldp // planes, "frames": out, "rows": wide})
         else:
             split, ldp = x, ldx
-        entries, arrays = self._graph_step(unit)
-        scratch = self.arena.take(arrays.pop("zrows") * arrays["scratch_ld"])
+        source_rows = {"src": split, "src_ld": ldp, "src_frames": frames, "planes": planes, "plane_ld": ldp // planes}
+        targets = []
         for q in range(planes):
             count = -(-(frames - q) // planes)
             lead = (q + padding) // stride
             start = hidden + (q + padding) % stride * plane_ld + lead * joints
-            self.steps.append({**arrays, **entries, "src": split + q * (ldp // planes), "src_ld": ldp, "dst": start,
-                               "dst_ld": ldh, "frames": count,
-                               "lead": lead, "trail": plane_frames - lead - count, "scratch": scratch})
+            targets.append({"src": split + q * (ldp // planes), "src_ld": ldp, "dst": start, "dst_ld": ldh, "frames": count,
+                            "lead": lead, "trail": plane_frames - lead - count})
+        self.spatial(unit, source_rows, targets)
+        self.between(unit, {"dst": hidden, "dst_ld": ldh, "frames": frames, "lead": padding, "planes": planes,
+                            "plane_ld": plane_ld, "rows": channels})
         gain, shift = fold(temporal.bn)
         bias = shift if conv.bias is None else shift + conv.bias * gain
         merged = Entries.of(conv, gain)
@@ -67,8 +70,21 @@ class STGCNProgram(Program):
         self.arena.size = base  # the next block's buffers take the same place
         return x, ldx, out
 
-    def _graph_step(self, unit: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Entries over Z, and the rest of a graph step: relu(BN(sum_k W_k X A_k + bias))."""
+    def inputs(self, unit: nn.Module) -> int:
+        """Channels that a spatial unit reads."""
+        return unit.conv.in_channels
+
+    def spatial(self, unit: nn.Module, source: dict[str, Any], targets: list[dict[str, Any]]) -> None:
+        """Append the steps of a spatial unit: X lies in the planes of ``source``, each of which has a target in H."""
+        step = self._graph_step(unit)
+        scratch = self.arena.take(step.pop("zrows") * step["scratch_ld"])
+        self.steps += [{**step, **target, "scratch": scratch} for target in targets]
+
+    def between(self, unit: nn.Module, hidden: dict[str, Any]) -> None:
+        """Append steps over all frames of H, before the temporal convolution; none here."""
+
+    def _graph_step(self, unit: nn.Module) -> dict[str, Any]:
+        """relu(BN(sum_k W_k X A_k + bias)), but for where it reads and writes."""
         conv, graph, joints = unit.conv, unit.graph(), self.joints
         gain, shift = fold(unit.bn)
         entries, subsets = Entries.of(conv, gain), graph.shape[0]
@@ -86,8 +102,8 @@ class STGCNProgram(Program):
         k, w, v = where.nonzero(as_tuple=True)
         counts = torch.bincount(k * joints + w, minlength=subsets * joints)
         pointers = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return entries.step(), {
-            "kind": GRAPH, "subsets": subsets, "tile": _TILE, "scratch_ld": scratch_ld, "zrows": len(made), "relu": 1,
+        return {
+            **entries.step(), "kind": GRAPH, "subsets": subsets, "tile": _TILE, "scratch_ld": scratch_ld, "zrows": len(made), "relu": 1,
             "made_input": (made // subsets).astype(np.int32), "made_subset": (made % subsets).astype(np.int32),
             "ptr": pointers.int().numpy(), "source": v.int().numpy(), "coef": graph[k, v, w].contiguous().numpy(),
             "bias": bias[:, torch.arange(bias_ld) % joints].contiguous().numpy(), "bias_ld": bias_ld}

@@ -1,0 +1,214 @@
+"""Whole networks: inference and a training step, ours at every level and pattern against the dense engines."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import macs, sparsity
+from ..backbones import create_model
+from ..backbones.base import Block
+from ..kernels.dispatch import forced_backend
+from ..recognizer import Recognizer
+from ..runtime import optimize
+from ..training.generator import TwoStage
+from .measure import Candidate
+from .peers import candidate, dense_engines
+from .suite import Entrant, compare
+from .table import Row
+
+TOLERANCE = 1e-3  # of logits and of the classifier's gradient; float32 sums through ten blocks, every engine in its own order
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What to sparsify with."""
+
+    sparsity: float
+    block: str = "8x1"
+    density: str = "uniform"
+
+    @property
+    def label(self) -> str:
+        """A name that is unique within one run."""
+        return f"ours {self.sparsity:g} {self.block} {self.density}"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One input shape on so many threads."""
+
+    backbone: str
+    batch: int
+    threads: int
+    persons: int = 2
+    frames: int = 100
+    classes: int = 60
+    width: int = 64
+
+    def example(self) -> Tensor:
+        """keypoint (batch, persons, frames, 25, 3), nobody absent."""
+        return torch.randn(self.batch, self.persons, self.frames, 25, 3, generator=torch.Generator().manual_seed(1))
+
+    def network(self) -> Recognizer:
+        """The dense network, always with the same weights."""
+        torch.manual_seed(0)
+        norm = {"num_person": self.persons} if self.backbone in ("aagcn", "ctrgcn") else {}  # theirs differs per person
+        return create_model(self.backbone, self.classes, base_channels=self.width, **norm)
+
+
+def sparse_network(dense: Recognizer, pattern: Pattern) -> Recognizer:
+    """A compact copy, or a dense one at level 0."""
+    model = copy.deepcopy(dense)
+    if pattern.sparsity == 0:
+        return model
+    return sparsity.compact(sparsity.sparsify(model, pattern.sparsity, pattern.block, density=pattern.density))
+
+
+def inference(setting: Setting, patterns: list[Pattern], rounds: int, compile: bool = True) -> list[Row]:
+    """Logits of one batch in eval mode, ``optimize(model)`` for ours; every row checked against its own network in float64."""
+    x, dense = setting.example(), setting.network().eval()
+    work, traffic = _work(dense, setting)
+    logits = _logits(dense, x)
+    entrants = [Entrant(engine, lambda: logits, work[0], traffic)
+                for engine in dense_engines(copy.deepcopy(dense), x, setting.threads, compile)]
+    for pattern in _unique(patterns):
+        model = sparse_network(dense, pattern).eval()
+        fast, kept = optimize(model), _work(model, setting)[0][1]
+        entrants.append(Entrant(candidate(pattern.label, _inference(fast, x)), _later(_logits, model, x), kept, traffic,
+                                pattern.sparsity, pattern.block, pattern.density))
+    return compare("inference", setting.backbone, setting.batch, setting.threads, entrants, rounds, TOLERANCE)
+
+
+def training(setting: Setting, patterns: list[Pattern], rounds: int, compile: bool = True) -> list[Row]:
+    """Forward, backward and SGD with momentum in train mode after ``compact``, against torch's dense step.
+
+    Checked by the gradient of the classifier against float64; the multiply-adds of a step are three times those of inference.
+    """
+    x, dense = setting.example(), setting.network()
+    label = torch.arange(setting.batch) % setting.classes
+    work, traffic = _work(dense, setting)
+    want = _double_step(dense, x, label)
+    entrants = [Entrant(engine, lambda: want, 3 * work[0], 3 * traffic) for engine in _torch_steps(dense, x, label, compile)]
+    for pattern in _unique(patterns):
+        model = sparse_network(dense, pattern)
+        kept = _work(model, setting)[0][1]
+        untouched = copy.deepcopy(model)  # the timed one is trained
+        entrants.append(Entrant(candidate(pattern.label, _step(model, x, label)), _later(_double_step, untouched, x, label),
+                                3 * kept, 3 * traffic, pattern.sparsity, pattern.block, pattern.density))
+    return compare("training step", setting.backbone, setting.batch, setting.threads, entrants, rounds, TOLERANCE)
+
+
+def warmup(setting: Setting, pattern: Pattern, rounds: int, compile: bool = True) -> list[Row]:
+    """A step of the dense warm-up with the group lasso: ours against the same loss written in torch."""
+    x, dense = setting.example(), setting.network()
+    label = torch.arange(setting.batch) % setting.classes
+    work, traffic = _work(dense, setting)
+
+    def prepared() -> Recognizer:
+        return sparsity.sparsify(copy.deepcopy(dense), pattern.sparsity, pattern.block, density=pattern.density)
+
+    want = _double_step(prepared(), x, label, _torch_penalty)
+    entrants = [Entrant(engine, lambda: want, 3 * work[0], 3 * traffic)
+                for engine in _torch_steps(prepared(), x, label, compile, _torch_penalty)]
+    entrants.append(Entrant(candidate(pattern.label, _step(prepared(), x, label, _penalty)), lambda: want, 3 * work[0],
+                            3 * traffic, pattern.sparsity, pattern.block, pattern.density))
+    return compare("warm-up step", setting.backbone, setting.batch, setting.threads, entrants, rounds, TOLERANCE)
+
+
+Penalty = Callable[[Recognizer], Callable[[], Tensor]]
+
+
+def _penalty(model: Recognizer) -> Callable[[], Tensor]:
+    return TwoStage(model, warmup_epochs=1).penalty
+
+
+def _torch_penalty(model: Recognizer) -> Callable[[], Tensor]:
+    """The sum over network blocks of the norm of all masked weights, in plain torch."""
+    groups: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for name, conv in sparsity.maskable_convs(model).items():
+        dead = 1 - conv.pattern.mask().to(conv.weight_oik())
+        groups.setdefault(sparsity.block_of(name), []).append((conv, dead))
+
+    def penalty() -> Tensor:
+        return torch.stack([torch.stack([(conv.weight_oik() * dead).square().sum() for conv, dead in group]).sum().sqrt()
+                            for group in groups.values()]).sum()
+
+    return penalty
+
+
+def _step(model: Recognizer, x: Tensor, label: Tensor, penalty: Penalty | None = None,
+          forward: Callable[[Tensor], Tensor] | None = None, rate: float = 1e-6) -> Callable[[], Tensor]:
+    model = model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    extra, forward = penalty(model) if penalty else None, forward or model
+
+    def run() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(forward(x), label)
+        (loss + extra() if extra else loss).backward()
+        optimizer.step()
+        return model.cls_head.fc_cls.weight.grad
+
+    return run
+
+
+def _torch_steps(dense: Recognizer, x: Tensor, label: Tensor, compile: bool, penalty: Penalty | None = None
+                 ) -> Iterator[Candidate]:
+    """The dense step on torch alone: eager, channels_last, compiled."""
+    def alone(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def inside() -> Tensor:
+            with forced_backend("reference"):
+                return run()
+
+        return inside
+
+    yield candidate("torch", alone(_step(copy.deepcopy(dense), x, label, penalty)))
+    last = copy.deepcopy(dense).to(memory_format=torch.channels_last)
+    yield candidate("torch channels_last", alone(_step(last, x, label, penalty)))
+    if compile:
+        model = copy.deepcopy(dense)
+        yield candidate("torch.compile", alone(_step(model, x, label, penalty, torch.compile(model))))
+
+
+def _double_step(model: Recognizer, x: Tensor, label: Tensor, penalty: Penalty | None = None) -> Tensor:
+    double = copy.deepcopy(model) if penalty else sparsity.densify(copy.deepcopy(model))
+    return _step(double.double(), x.double(), label, penalty, rate=0.0)().clone()
+
+
+def _inference(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        with torch.inference_mode():
+            return model(x)
+
+    return run
+
+
+def _logits(model: Recognizer, x: Tensor) -> Tensor:
+    return _inference(sparsity.densify(copy.deepcopy(model)).double().eval(), x.double())()
+
+
+def _later(function: Callable[..., Tensor], *arguments: object) -> Callable[[], Tensor]:
+    return lambda: function(*arguments)
+
+
+def _unique(patterns: list[Pattern]) -> list[Pattern]:
+    """The patterns, with level 0 once: it has no blocks."""
+    return list(dict.fromkeys(Pattern(0.0) if pattern.sparsity == 0 else pattern for pattern in patterns))
+
+
+def _work(model: Recognizer, setting: Setting) -> tuple[tuple[int, int], int]:
+    """((multiply-adds dense, effective), bytes of all tensors between blocks written and read once), of the batch."""
+    counted = macs.count(model, setting.frames, setting.persons)
+    sizes: list[int] = []
+    twin = Recognizer.from_config(model.config).to("meta").eval()
+    for module in twin.modules():
+        if isinstance(module, Block):
+            module.register_forward_hook(lambda _, inputs, output: sizes.append(output.numel() * 4))
+    with torch.no_grad():
+        twin(torch.empty(1, setting.persons, setting.frames, 25, 3, device="meta"))
+    return (counted.dense * setting.batch, counted.effective * setting.batch), 2 * sum(sizes) * setting.batch

@@ -1,0 +1,150 @@
+"""norm: batch norm in training mode with residual and ReLU in one pass. Definition: reference.py; native: csrc/cpu/norm.inl."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _native, reference
+from ._library import LIBRARY, implement
+from .dispatch import backend_for
+
+__all__ = ["norm"]
+
+
+def norm(xs: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float = 1e-5, residual: Tensor | None = None,
+         relu: bool = False, relu_before: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch norm with the statistics of the batch, ReLU (``relu_before``), plus residual, ReLU (``relu``).
+
+    y = relu(weight (x - mean) / sqrt(var + eps) + bias + residual), x the channels of ``xs`` one after the other: branches are
+    joined by writing each to its place, without a copy. With ``relu_before`` the residual is added behind a ReLU.
+
+    Args:
+        xs: (N, C, T, V), or several (N, C_i, T, V) with sum C_i = C; samples and channels may have any strides.
+        weight, bias: (C,).
+        residual: (N, C, T, V) or None.
+
+    Returns:
+        y (N, C, T, V), contiguous, and mean (C,) and unbiased variance (C,), without gradient, for running statistics.
+
+    Stored for the backward pass: the arguments, mean and 1 / sqrt(var + eps); with a residual and a ReLU also y, which shows
+    where the ReLU is open. Without a residual that is computed again from x.
+
+    Raises:
+        ValueError: a shape does not fit, or there are fewer than two values per channel.
+        TypeError: the dtypes differ.
+    """
+    xs = [xs] if isinstance(xs, Tensor) else list(xs)
+    first = xs[0] if xs else weight.new_empty(0)
+    outside = lambda x: (x.shape[0], *x.shape[2:])
+    if not xs or any(x.dim() != 4 or outside(x) != outside(first) for x in xs):
+        raise ValueError(f"Expected xs of shapes (N, C_i, T, V) with one N, T and V. Got {[tuple(x.shape) for x in xs]}.")
+    shape = (first.shape[0], sum(x.shape[1] for x in xs), *first.shape[2:])
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tuple(tensor.shape) != shape[1:2]:
+            raise ValueError(f"Expected {name} of shape {shape[1:2]}. Got {tuple(tensor.shape)}.")
+    if residual is not None and tuple(residual.shape) != shape:
+        raise ValueError(f"Expected residual of shape {shape}. Got {tuple(residual.shape)}.")
+    if shape[0] * shape[2] * shape[3] < 2:
+        raise ValueError(f"Expected at least two values per channel, to have a variance. Got x of shape {shape}.")
+    tensors = [*xs, weight, bias, *([] if residual is None else [residual])]
+    if any(tensor.dtype != first.dtype for tensor in tensors):
+        raise TypeError(f"Expected xs, weight, bias and residual of one dtype. Got {[tensor.dtype for tensor in tensors]}.")
+    if backend_for("norm", first.device, first.dtype) == "reference":
+        y, mean, variance = reference.norm(xs, weight, bias, eps, residual, relu, relu_before)
+        return y, mean.detach(), variance.detach()
+    return _Norm.apply(weight, bias, residual, eps, relu_before, relu, *xs)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, relu_before: bool,
+                relu: bool, *xs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, rstd, variance = torch.ops.sparse_stgcn.norm(list(xs), weight, bias, residual, eps, relu_before, relu)
+        ctx.mark_non_differentiable(mean, variance)
+        masked = relu and residual is not None
+        ctx.open, ctx.residual = relu_before or (relu and residual is None), residual is not None
+        ctx.save_for_backward(weight, bias, mean, rstd, y if masked else None, *xs)
+        return y, mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Any, ...]:
+        weight, bias, mean, rstd, y, *xs = ctx.saved_tensors
+        *dxs, dresidual, dweight, dbias = torch.ops.sparse_stgcn.norm_backward(dy, xs, y, weight, bias, mean, rstd, ctx.open)
+        if ctx.residual and y is None:
+            dresidual = dy
+        return dweight, dbias, dresidual if ctx.residual else None, None, None, None, *dxs
+
+
+LIBRARY.define("norm(Tensor[] xs, Tensor weight, Tensor bias, Tensor? residual, float eps, bool relu_before, bool relu) "
+               "-> (Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.define("norm_backward(Tensor dy, Tensor[] xs, Tensor? y, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, bool open) "
+               "-> Tensor[]")
+
+
+def _one_run(x: Tensor) -> Tensor:
+    """x if the pixels (T, V) of a channel lie in one run, otherwise a contiguous copy."""
+    frames, joints = x.shape[2:]
+    return x if (joints == 1 or x.stride(3) == 1) and (frames == 1 or x.stride(2) == joints) else x.contiguous()
+
+
+def _plane(x: Tensor | None) -> tuple[int, tuple[int, int]]:
+    """Address and strides of sample and channel; zeros for None."""
+    return (0, (0, 0)) if x is None else (x.data_ptr(), (x.stride(0), x.stride(1)))
+
+
+def _channels(xs: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """First and last (excluded) channel of each tensor in the joined one."""
+    ends = [0]
+    for x in xs:
+        ends.append(ends[-1] + x.shape[1])
+    return list(zip(ends, ends[1:], strict=False))
+
+
+def _fake_forward(xs: list[Tensor], weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float,
+                  relu_before: bool, relu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = xs[0]
+    return (x.new_empty((x.shape[0], weight.shape[0], x.shape[2], x.shape[3])), *(x.new_empty(weight.shape) for _ in range(3)))
+
+
+@implement("norm", _fake_forward)
+def _forward(xs: list[Tensor], weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float,
+             relu_before: bool, relu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, *statistics = outputs = _fake_forward(xs, weight, bias, residual, eps, relu_before, relu)
+    residual = None if residual is None else _one_run(residual)
+    vectors = [weight.contiguous(), bias.contiguous()]
+    for x, (begin, end) in zip(map(_one_run, xs), _channels(xs), strict=True):
+        part = lambda tensor: None if tensor is None else tensor[:, begin:end]  # noqa: B023  called within the turn
+        planes = [_plane(tensor) for tensor in (x, part(residual), part(y))]
+        small = [tensor[begin:end].data_ptr() for tensor in (*vectors, *statistics)]
+        _native.module.norm_forward(
+            x.dtype == torch.float64, [x.shape[0], x.shape[1], x.shape[2] * x.shape[3]],
+            [planes[0][0], planes[1][0], *small[:2], planes[2][0], *small[2:]], [stride for _, stride in planes], eps,
+            relu_before, relu, torch.get_num_threads())
+    return outputs
+
+
+def _fake_backward(dy: Tensor, xs: list[Tensor], y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
+                   open: bool) -> list[Tensor]:
+    empty = [tensor.new_empty(tensor.shape) for tensor in xs]
+    return [*empty, dy.new_empty(0 if y is None else y.shape), torch.empty_like(mean), torch.empty_like(mean)]
+
+
+@implement("norm_backward", _fake_backward)
+def _backward(dy: Tensor, xs: list[Tensor], y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
+              open: bool) -> list[Tensor]:
+    *dxs, dresidual, dweight, dbias = outputs = _fake_backward(dy, xs, y, weight, bias, mean, rstd, open)
+    dy, vectors = _one_run(dy), [weight.contiguous(), bias.contiguous(), mean, rstd]
+    for x, dx, (begin, end) in zip(map(_one_run, xs), dxs, _channels(xs), strict=True):
+        part = lambda tensor: None if tensor is None else tensor[:, begin:end]  # noqa: B023  called within the turn
+        planes = [_plane(t) for t in (part(dy), x, part(y), dx, None if y is None else part(dresidual))]
+        small = [tensor[begin:end].data_ptr() for tensor in (*vectors, dweight, dbias)]
+        _native.module.norm_backward(
+            x.dtype == torch.float64, [x.shape[0], x.shape[1], x.shape[2] * x.shape[3]],
+            [address for address, _ in planes[:3]] + small[:4] + [address for address, _ in planes[3:]] + small[4:],
+            [stride for _, stride in planes], open, torch.get_num_threads())
+    return outputs

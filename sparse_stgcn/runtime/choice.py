@@ -1,0 +1,61 @@
+"""Which engine runs a clip length: the compiled program, or torch's dense one where that is measured to be faster."""
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import SparseConv2d, TemporalUnit
+from ..recognizer import Recognizer
+from ..sparsity import densify, maskable_convs
+
+ENGINES = ("fused", "torch", "torch channels_last")
+MEASURED_ABOVE = 0.5  # density; with fewer live weights the program does less than half of the dense work
+_ROUNDS = 3
+
+
+def density(model: nn.Module) -> float:
+    """Live fraction of the maskable weights as the convolutions run them."""
+    convs = maskable_convs(model).values()
+    live = sum((conv.weight if conv.values is None else conv.values).numel() for conv in convs)
+    return live / sum(out * inputs * taps for out, inputs, taps in (conv.shape_oik for conv in convs))
+
+
+def dense(model: Recognizer, engine: str) -> Recognizer:
+    """A dense copy of a model in eval mode, batch norms behind convolutions folded in, in the memory layout of ``engine``."""
+    made = densify(copy.deepcopy(model)).eval()
+    for unit in made.modules():
+        if isinstance(unit, TemporalUnit) and isinstance(unit.bn, nn.BatchNorm2d):
+            _fold(unit.conv, unit.bn)
+            unit.bn = nn.Identity()
+        elif isinstance(unit, nn.Sequential) and len(unit) == 2 and isinstance(unit[0], SparseConv2d) \
+                and isinstance(unit[1], nn.BatchNorm2d):
+            _fold(unit[0], unit[1])
+            unit[1] = nn.Identity()
+    return made.to(memory_format=torch.channels_last if engine == "torch channels_last" else torch.contiguous_format)
+
+
+def fastest(engines: Iterator[tuple[str, Callable[[Tensor], Tensor]]], keypoint: Tensor) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """The engine with the least time of a few runs on ``keypoint``, each after one that does not count."""
+    times = []
+    for name, run in engines:
+        run(keypoint)
+        seconds = []
+        for _ in range(_ROUNDS):
+            begin = time.perf_counter()
+            run(keypoint)
+            seconds.append(time.perf_counter() - begin)
+        times.append((min(seconds), name, run))
+    _, name, run = min(times, key=lambda entry: entry[0])
+    return name, run
+
+
+@torch.no_grad()
+def _fold(conv: SparseConv2d, norm: nn.BatchNorm2d) -> None:
+    gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * gain
+    conv.weight.mul_(gain[:, None, None, None])
+    conv.bias = nn.Parameter(shift if conv.bias is None else shift + conv.bias * gain, requires_grad=False)

@@ -1,0 +1,116 @@
+"""The benchmark: nothing unchecked becomes a row, and what is derived from rows is right."""
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from sparse_stgcn import bench
+from sparse_stgcn.benchmark import suite
+from sparse_stgcn.benchmark.measure import WrongResult
+from sparse_stgcn.benchmark.networks import Pattern, Setting, inference, training, warmup
+from sparse_stgcn.benchmark.peers import candidate
+from sparse_stgcn.benchmark.suite import Entrant
+from sparse_stgcn.benchmark.table import OURS, Row, break_even, markdown, pivot
+from sparse_stgcn.errors import UserError
+from sparse_stgcn.kernels import _native
+
+native = pytest.mark.skipif(_native.module is None, reason="the native module is not built")
+
+
+def row(sparsity, speedup, block="8x1", what="inference"):
+    name = "torch" if sparsity is None else OURS
+    return Row(what, "stgcn", name, 8, 2, sparsity, block if sparsity is not None else None,
+               "uniform" if sparsity is not None else None, 1 / speedup, speedup, None, 100.0, 0.5, None, None, 1e-6)
+
+
+def series(*pairs):
+    return [row(*pair) for pair in pairs]
+
+
+@pytest.mark.parametrize("rows, expected", [
+    (series((0.0, 1.2), (0.95, 16.0)), 0.0),  # faster without a zero
+    (series((0.0, 0.5), (0.9, 0.8)), None),  # never
+    (series((0.0, 0.5), (0.5, 1.0), (0.9, 5.0)), 0.5),  # exactly at a level
+    (series((0.8, 2.0), (0.0, 0.5)), 0.8 * (2 - 1) / (2 - 0.5)),  # between levels, in any order
+    ([], None),
+])
+def test_break_even(rows, expected):
+    assert break_even(rows) == (pytest.approx(expected) if expected is not None else None)
+
+
+def test_tables_show_losing_cells_and_every_pattern():
+    rows = [row(None, 1.0), *series((0.0, 0.8), (0.95, 9.0)), row(0.95, 0.5, block="1x1")]
+    table = pivot(rows)
+    assert "0.80x" in table and "9.00x" in table and "0.50x" in table and "never" in table
+    assert len(markdown(rows).splitlines()) == len(rows) + 2
+
+
+def entrant(output, sparsity=None):
+    x = torch.tensor([1.0, 2.0])
+    return Entrant(candidate(f"e{sparsity}", lambda: output), lambda: x.double(), 10, 10, sparsity, "8x1", "uniform")
+
+
+@native
+@pytest.mark.parametrize("wrong", [torch.tensor([1.0, 2.1]), torch.tensor([1.0, float("nan")]), torch.ones(3)])
+def test_a_wrong_output_is_an_error_and_not_a_row(wrong):
+    with pytest.raises(WrongResult, match="stgcn inference: e0.5"):
+        suite.compare("inference", "stgcn", 1, 1, [entrant(torch.tensor([1.0, 2.0])), entrant(wrong, 0.5)], 2, 1e-3)
+
+
+@native
+def test_rows_of_a_comparison():
+    right = torch.tensor([1.0, 2.0])
+    rows = suite.compare("inference", "stgcn", 1, 1, [entrant(right), entrant(right, 0.0), entrant(right, 0.5)], 3, 1e-6)
+    assert [r.sparsity for r in rows] == [None, 0.0, 0.5]
+    assert rows[0].own is None and rows[1].own == 1 and rows[1].speedup > 0
+    assert all(0 < r.fma < 1 and r.error == 0 for r in rows)
+
+
+@native
+@pytest.mark.parametrize("backbone", ["stgcn", "aagcn", "ctrgcn", "dgstgcn"])
+def test_networks_small(backbone):
+    setting = Setting(backbone, batch=2, threads=1, persons=1, frames=16, classes=5, width=16)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        patterns = [Pattern(0.0), Pattern(0.95), Pattern(0.95, density="erk")]
+        rows = inference(setting, patterns, rounds=1, compile=False)
+        steps = training(setting, patterns[1:2], rounds=1, compile=False)
+        dense = warmup(setting, patterns[1], rounds=1, compile=False)
+    finally:
+        torch.set_num_threads(before)
+    assert {"torch", "torch channels_last", OURS} <= {r.name for r in rows}
+    assert [r.density for r in rows if r.name == OURS] == ["uniform", "uniform", "erk"]
+    assert {r.what for r in steps + dense} == {"training step", "warm-up step"}
+
+
+@native
+def test_command_writes_after_every_setting(tmp_path, capsys):
+    out = tmp_path / "new" / "ops.json"
+    bench.main(["--what", "ops", "--blocks", "8x1", "--levels", "0.95", "--batches", "1", "--persons", "1", "--frames", "8",
+                "--threads", "1", "--rounds", "1", "--out", str(out)])
+    rows = [Row(**r) for r in json.loads(out.read_text())["rows"]]
+    assert {r.what for r in rows} == {"temporal_conv forward", "temporal_conv dX", "temporal_conv dW", "graph_conv forward"}
+    assert out.with_suffix(".md").read_text().strip() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--what", "everything"], "--what"), (["--levels", "1.0"], "--levels"), (["--blocks", "8by1"], "--blocks"),
+    (["--batches", "0"], "--batches"), (["--backbones", "resnet"], "--backbones"), (["--rounds", "0"], "--rounds")])
+def test_bad_flags(flags, message):
+    with pytest.raises(UserError, match=message):
+        bench.main(flags)
+
+
+@native
+def test_growth_of_the_cost(tmp_path):
+    from sparse_stgcn.benchmark import scaling
+
+    rows = scaling.network(Setting("stgcn", 1, 1, 1, 16, classes=5, width=8), Pattern(0.5), rounds=1)
+    assert [(r.axis, r.size) for r in rows] == [(a, s) for a, first in (("N", 4), ("M", 1), ("T", 4)) for s in
+                                                (first, 4 * first, 16 * first)]
+    assert all(r.proportional == 1 for r in rows[::3]) and all(r.seconds > 0 for r in rows)
+    dense = scaling.live_blocks(1, rounds=1, channels=16, frames=8, samples=2)
+    assert dense[-1].size == 1 and dense[0].floor > 0 and len(scaling.markdown(dense).splitlines()) == len(dense) + 2

@@ -1,0 +1,73 @@
+"""optimize() never loses to the dense network: the engine is measured where both can win, and can be named."""
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import sparse_stgcn
+from sparse_stgcn import runtime
+from sparse_stgcn.kernels import _native
+from sparse_stgcn.runtime import choice
+
+pytestmark = pytest.mark.skipif(_native.module is None, reason="the native module is not built")
+
+
+def network(name: str = "stgcn", sparsity: float = 0.0):
+    torch.manual_seed(0)
+    model = sparse_stgcn.create_model(name, num_classes=7, base_channels=16)
+    for module in model.modules():
+        if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
+            module.running_mean.normal_(0, 0.1), module.running_var.uniform_(0.5, 1.5)
+            module.weight.data.uniform_(0.7, 1.3), module.bias.data.normal_(0, 0.1)
+    return sparse_stgcn.compact(sparse_stgcn.sparsify(model, sparsity, "8x1")) if sparsity else model
+
+
+X = torch.randn(2, 2, 12, 25, 3, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ["stgcn", "aagcn"])
+@pytest.mark.parametrize("engine", choice.ENGINES)
+def test_every_engine_is_the_network(name, engine):
+    model = network(name, 0.3)
+    with torch.inference_mode():
+        want = sparse_stgcn.densify(copy.deepcopy(model)).double().eval()(X.double())
+    fast = runtime.optimize(model, X, engine=engine)
+    assert fast.choice == {12: engine}
+    assert ((fast(X) - want).abs().max() / want.abs().max()).item() <= 1e-5
+
+
+def test_a_dense_network_is_measured_once_a_clip_length(monkeypatch):
+    calls = []
+
+    def fastest(engines, keypoint):
+        engines = list(engines)
+        calls.append([name for name, _ in engines])
+        return engines[-1]
+
+    monkeypatch.setattr(runtime.recognizer, "fastest", fastest)
+    fast = runtime.optimize(network())
+    fast(X), fast(X), fast(X[:, :, :8])
+    assert calls == [list(choice.ENGINES)] * 2
+    assert fast.choice == {12: "torch channels_last", 8: "torch channels_last"}
+
+
+def test_the_fastest_is_taken():
+    import time
+
+    slow = lambda x: time.sleep(0.02)
+    quick = lambda x: x
+    assert choice.fastest(iter([("slow", slow), ("quick", quick)]), X) == ("quick", quick)
+
+
+def test_a_sparse_network_runs_its_program_unmeasured(monkeypatch):
+    monkeypatch.setattr(runtime.recognizer, "fastest", None)
+    model = network(sparsity=0.6)
+    assert choice.density(model) == pytest.approx(0.4, abs=0.01)
+    assert runtime.optimize(model, X).choice == {12: "fused"}
+
+
+def test_unknown_engines_are_refused():
+    with pytest.raises(ValueError, match="engine to be one of fastest, fused"):
+        runtime.optimize(network(), engine="tensorrt")
