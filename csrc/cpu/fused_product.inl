@@ -42,21 +42,11 @@ INLINE bool half_width() {
 typedef int Lanes __attribute__((vector_size(64)));
 constexpr int split_rows = 14;  // 28 sums, two of G, a broadcast
 
-// The sums of 16 vectors as the lanes of one; vector n of the input is row split_order[n].
-constexpr int split_order[16] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};
-INLINE __m512 sums_of(__m512 (&v)[16]) {
-  const Lanes first[4] = {{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23},
-                          {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27},
-                          {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29},
-                          {0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30}};
-  const Lanes second[4] = {{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31},
-                           {4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31},
-                           {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31},
-                           {1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31}};
-  UNROLL for (int i = 0; i < 8; i++) v[i] = __builtin_shuffle(v[i], v[i + 8], first[0]) + __builtin_shuffle(v[i], v[i + 8], second[0]);
-  UNROLL for (int i = 0; i < 4; i++) v[i] = __builtin_shuffle(v[i], v[i + 4], first[1]) + __builtin_shuffle(v[i], v[i + 4], second[1]);
-  UNROLL for (int i = 0; i < 2; i++) v[i] = __builtin_shuffle(v[i], v[i + 2], first[2]) + __builtin_shuffle(v[i], v[i + 2], second[2]);
-  return __builtin_shuffle(v[0], v[1], first[3]) + __builtin_shuffle(v[0], v[1], second[3]);
+// The sums of 8 vectors as the lanes of one.
+INLINE __m256 sums_of(const __m256* v) {
+  const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+  const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+  return _mm256_permute2f128_ps(a, b, 0x20) + _mm256_permute2f128_ps(a, b, 0x31);
 }
 
 // Row v of a graph from its recipe.
@@ -110,18 +100,23 @@ __attribute__((noinline)) void split_frames(const GraphProduct& p, int64_t t, fl
     }
     _mm512_storeu_ps(y + r * V, low[r]), _mm256_storeu_ps(y + r * V + 16, high[r]);
   }
-  __m512 dot[16] = {};
+  __m256 dot[16] = {};
+  float last[16] = {}, sums[16];
   for (int64_t k = 0; k < p.K; k++) {
-    const float* x = p.x + k * p.subset + t * V;
-    const __m512 c0 = _mm512_loadu_ps(column + k * ld), c1 = _mm512_maskz_loadu_ps(0xff80, column + k * ld + 9);
+    const float *x = p.x + k * p.subset + t * V, *c = column + k * ld;
+    const __m256 c0 = _mm256_loadu_ps(c), c1 = _mm256_loadu_ps(c + 8), c2 = _mm256_loadu_ps(c + 16);
     UNROLL for (int r = 0; r < R; r++) {
-      __m512& sum = dot[split_order[r]];
-      sum = _mm512_fmadd_ps(_mm512_loadu_ps(x + r * V + 9), c1, _mm512_fmadd_ps(_mm512_loadu_ps(x + r * V), c0, sum));
+      const float* row = x + r * V;
+      dot[r] = _mm256_fmadd_ps(_mm256_loadu_ps(row), c0, dot[r]);
+      dot[r] = _mm256_fmadd_ps(_mm256_loadu_ps(row + 8), c1, dot[r]);
+      dot[r] = _mm256_fmadd_ps(_mm256_loadu_ps(row + 16), c2, dot[r]);
+      last[r] += row[24] * c[24];
     }
   }
-  float last[16];
-  _mm512_storeu_ps(last, sums_of(dot));
+  _mm256_storeu_ps(sums, sums_of(dot));
+  if constexpr (R > 8) _mm256_storeu_ps(sums + 8, sums_of(dot + 8));
   UNROLL for (int r = 0; r < R; r++) {
+    last[r] += sums[r];
     if constexpr (RELU) {
       const float sum = last[r] + p.bias + residual[r * V + 24];
       y[r * V + 24] = sum > 0 ? sum : 0;

@@ -37,11 +37,10 @@ def padded_maps(maps: Tensor, ld: int) -> Tensor:
 class CTRGCNProgram(BranchedProgram):
     """Compiles a CTR-GCN."""
 
-    def spatial(self, unit: nn.Module, x: Rows, frames: int) -> Rows:
+    def spatial(self, unit: nn.Module, x: Rows, target: Rows, frames: int) -> None:
         convs, joints, ld = list(unit.convs), self.joints, self.joint_ld
         subsets, inputs, channels, rank = len(convs), convs[0].conv3.in_channels, convs[0].conv3.out_channels, convs[0].conv4.in_channels
         alpha, (gain, shift) = unit.alpha, fold(unit.bn)
-        target = self._rows(channels, frames * joints)
         if isinstance(unit.down, nn.Identity):
             residual = x
         else:
@@ -72,7 +71,6 @@ class CTRGCNProgram(BranchedProgram):
         values = stacked([self._values(conv.conv3, gain, x) for conv in convs]).step()
         bias = torch.cat([bias_of(conv.conv3, gain, torch.zeros(channels)) for conv in convs])
         self.steps.append({**step, **values, "rows": channels, "bias": bias.numpy()})
-        return target
 
     @staticmethod
     def _values(conv: SparseConv2d, gain: Tensor, x: Rows) -> Entries:

@@ -15,10 +15,9 @@ _CHANNELS = 8  # of pre(x) that exist at a time: dg_channels in fused_dg.inl
 class DGSTGCNProgram(BranchedProgram):
     """Compiles a DG-STGCN."""
 
-    def spatial(self, unit: nn.Module, x: Rows, frames: int) -> Rows:
+    def spatial(self, unit: nn.Module, x: Rows, target: Rows, frames: int) -> None:
         joints, ld = self.joints, self.joint_ld
         inner, inputs, channels = unit.pre[0].out_channels, unit.pre[0].in_channels, unit.bn.num_features
-        target = self._rows(channels, frames * joints)
         products = self._rows(inner, frames * joints)
         means = self.arena.take(inputs * ld), ld
         self.steps.append({"kind": MEANS, "src": x[0], "src_ld": x[1], "src_frames": frames, "rows": inputs, "dst": means[0], "dst_ld": ld})
@@ -44,4 +43,3 @@ class DGSTGCNProgram(BranchedProgram):
             direct = Entries.of(unit.down[0], gain)
             merged, bias = merged + direct.place(x[0] + direct.input[0] * x[1]), bias + bias_of(unit.down[0], gain, shift)
         self.steps.append({**step, **merged.step(), "bias": np.ascontiguousarray(bias)})
-        return target

@@ -38,8 +38,8 @@ class BranchedProgram(Program):
         """Floats of a row of joints, whole vectors of every instruction set."""
         return -(-self.joints // 16) * 16
 
-    def spatial(self, unit: nn.Module, x: Rows, frames: int) -> Rows:
-        """Append the steps of a spatial unit; returns where its output is."""
+    def spatial(self, unit: nn.Module, x: Rows, target: Rows, frames: int) -> None:
+        """Append the steps of a spatial unit, from ``x`` to ``target``."""
         raise NotImplementedError
 
     def width(self, block: Block) -> int:
@@ -51,20 +51,25 @@ class BranchedProgram(Program):
         last = temporal.branches[-1]
         stride = (last if isinstance(last, SparseConv2d) else last[0]).stride
         out, base, joints = -(-frames // stride), self.arena.size, self.joints
-        split = x, ldx
+        split = target = x, ldx
         if isinstance(block.residual, TemporalUnit):
+            target = x, row_length(out * joints)
             channels, plane = block.residual.conv.in_channels, out * joints
             split = self._rows(channels, stride * plane)
             self.steps.append({"kind": SPLIT, "src": x, "src_ld": ldx, "src_frames": frames, "dst": split[0], "dst_ld": split[1],
                                "planes": stride, "plane_ld": plane, "frames": out, "rows": channels})
-        hidden = self.spatial(unit, split, frames)
+        hidden = self._rows(self.width(block), frames * joints)
+        kept = self.arena.size
+        self.spatial(unit, split, hidden, frames)
+        self.peak = max(self.peak, self.arena.size)
+        self.arena.size = kept  # what the spatial unit needed besides is free: the less memory, the more of it stays in L2
         if isinstance(temporal, BranchedTemporal):
-            self._branched(temporal, block.residual, hidden, split, (x, ldx), frames, stride)
+            self._branched(temporal, block.residual, hidden, split, target, frames, stride)
         else:
-            self._mixed(temporal, block.residual, hidden, split, (x, ldx), frames, stride)
+            self._mixed(temporal, block.residual, hidden, split, target, frames, stride)
         self.peak = max(self.peak, self.arena.size)
         self.arena.size = base  # the next block's buffers take the same place
-        return x, ldx, out
+        return *target, out
 
     def _rows(self, rows: int, pixels: int) -> Rows:
         ld = row_length(pixels)
