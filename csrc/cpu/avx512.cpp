@@ -19,7 +19,7 @@ namespace {
 }  // namespace
 
 const Table& avx512_table() {
-  static const Table table{"avx512", ops<float>(), ops<double>(), fused_run};
+  static const Table table{"avx512", ops<float>(), ops<double>(), fused_tables_room, fused_make_tables, fused_run};
   return table;
 }
 }  // namespace sparse_stgcn
