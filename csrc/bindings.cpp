@@ -84,6 +84,12 @@ class Fused {
     char* tables = room(table().fused_tables_room(net_));
     table().fused_make_tables(net_, tables);
     net_.tables = tables;
+    auto* absent = (float*)room(net_.persons * net_.features * sizeof(float));
+    const float zero = 0;
+    const int64_t stride[5] = {};
+    const FusedNetwork* self = &net_;
+    table().fused_run(&self, 1, 1, net_.persons, &zero, stride, &absent, 1);
+    net_.absent = absent;
   }
   const FusedNetwork& network() const { return net_; }
 

@@ -38,14 +38,15 @@ class Ensemble(nn.Module):
             values = sorted({of(model) for model in models})
             if len(values) > 1:
                 raise ValueError(f"Expected models of the same number of {name}. Got {', '.join(map(str, values))}.")
-        persons = sorted({model.backbone.num_person for model in models} - {None})
+        persons = sorted({model.backbone.num_person for model in models if model.backbone.num_person is not None})
         if len(persons) > 1:
             raise ValueError(f"Expected models of the same number of persons. Got {', '.join(map(str, persons))}.")
         self.members = nn.ModuleList(models)
+        self._num_classes = models[0].num_classes
 
     @property
     def num_classes(self) -> int:
-        return self.members[0].num_classes
+        return self._num_classes
 
     def forward(self, keypoint: Tensor) -> Tensor:
         """keypoint (N, M, T, V, C) float -> probabilities (N, num_classes)."""

@@ -205,26 +205,24 @@ inline void fused_make_tables(const FusedNetwork& net, char* memory) {
 inline thread_local Scratch shared_arena;
 
 // x (batch, persons, T, V, C) with strides, read by `count` networks; features[i] (batch * persons, nets[i]->features).
-// The features of an absent person are a constant of the network: they are computed once and copied. A task is one person in
-// one network; with fewer tasks than threads, they share the steps of a task.
+// The features of an absent person are a constant of the network: nets[i]->absent, where it is known, is copied. A task is one
+// person in one network; with fewer tasks than threads, they share the steps of a task.
 inline void fused_run(const FusedNetwork* const* nets, int64_t count, int64_t batch, int64_t persons, const float* x,
                       const int64_t stride[5], float* const* features, int threads) {
   const int64_t total = batch * persons;
-  call_scratch.reserve(2 * Scratch::room<int64_t>(total) + Scratch::room<int64_t>(persons));
-  int64_t *todo = call_scratch.take<int64_t>(total), *copy_of = call_scratch.take<int64_t>(total);
-  int64_t *first_absent = call_scratch.take<int64_t>(persons), present = 0;
-  bool same_norm = true;
-  for (int64_t n = 0; n < count; n++) same_norm = same_norm && nets[n]->persons == 1;
-  for (int64_t m = 0; m < persons; m++) first_absent[m] = -1;
+  call_scratch.reserve(Scratch::room<int64_t>(total));
+  int64_t* todo = call_scratch.take<int64_t>(total);
+  int64_t present = 0;
+  bool known = true;
+  for (int64_t n = 0; n < count; n++) known = known && nets[n]->absent;
   auto person = [&](int64_t i) { return x + i / persons * stride[0] + i % persons * stride[1]; };
   for (int64_t i = 0; i < total; i++) {
-    copy_of[i] = -1;
-    int64_t& first = first_absent[same_norm ? 0 : i % persons];
-    if (absent(person(i), stride + 2, nets[0]->frames, nets[0]->joints, nets[0]->channels)) {
-      copy_of[i] = first;
-      if (first < 0) first = i;
-    }
-    if (copy_of[i] < 0) todo[present++] = i;
+    if (known && absent(person(i), stride + 2, nets[0]->frames, nets[0]->joints, nets[0]->channels))
+      for (int64_t n = 0; n < count; n++) {
+        const int64_t width = nets[n]->features;
+        std::memcpy(features[n] + i * width, nets[n]->absent + i % persons % nets[n]->persons * width, width * sizeof(float));
+      }
+    else todo[present++] = i;
   }
   auto run = [&](int64_t task, Scratch& scratch, int share) {
     const FusedNetwork& net = *nets[task / present];
@@ -237,10 +235,4 @@ inline void fused_run(const FusedNetwork* const* nets, int64_t count, int64_t ba
     for (int64_t task = 0; task < tasks; task++) run(task, shared_arena, threads);
   else
     parallel(tasks, threads, [&](int64_t task) { run(task, task_scratch, 1); });
-  for (int64_t n = 0; n < count; n++)
-    for (int64_t i = 0; i < total; i++)
-      if (copy_of[i] >= 0) {
-        const int64_t width = nets[n]->features;
-        std::memcpy(features[n] + i * width, features[n] + copy_of[i] * width, width * sizeof(float));
-      }
 }

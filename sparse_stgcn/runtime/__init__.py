@@ -20,7 +20,7 @@ def optimize(model: Recognizer | Ensemble, example: Tensor | None = None, engine
 
     Batch norm is folded into the live weights; graph and temporal convolutions run with bias, residual and ReLU at the store,
     one person per task, or one person on all threads where there are fewer persons than threads; persons that are entirely
-    zero are computed once. Weights are packed once per clip length (at the first call, or here with ``example``); later calls
+    zero cost a copy. Weights are packed once per clip length (at the first call, or here with ``example``); later calls
     allocate their output only. Exact up to float32 rounding, and bit-equal whatever the batch and the threads.
 
     Of an Ensemble all members run as one call, which looks for absent persons once and spreads the persons of all members
@@ -39,7 +39,8 @@ def optimize(model: Recognizer | Ensemble, example: Tensor | None = None, engine
     if engine not in ("fastest", *ENGINES):
         raise ValueError(f"Expected engine to be one of fastest, {', '.join(ENGINES)}. Got {engine!r}.")
     if not isinstance(model, (Recognizer, Ensemble)):
-        raise TypeError(f"Expected model to be a Recognizer, as create_model gives, or an Ensemble. Got {type(model).__name__}.")
+        raise TypeError("Expected model to be a Recognizer, as create_model gives, or an Ensemble. "
+                        f"Got {type(model).__name__}.")
     model = copy.deepcopy(model).eval().requires_grad_(False)
     members = model.members if isinstance(model, Ensemble) else [model]
     if not all(_has_program(member) for member in members):
