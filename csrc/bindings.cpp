@@ -90,12 +90,17 @@ class Fused {
       steps_.push_back(s);
     }
     net_.steps = steps_.data(), net_.num_steps = (int64_t)steps_.size();
+    char* tables = room(table().fused_tables_room(net_));
+    table().fused_make_tables(net_, tables);
+    net_.tables = tables;
+    auto* absent = (float*)room(net_.persons * net_.features * sizeof(float));
+    const float zero = 0;
+    const int64_t stride[5] = {};
+    const FusedNetwork* self = &net_;
+    table().fused_run(&self, 1, 1, net_.persons, &zero, stride, &absent, 1);
+    net_.absent = absent;
   }
-
-  void run(int64_t batch, int64_t persons, Address x, const std::array<int64_t, 5>& stride, Address features, int threads) const {
-    py::gil_scoped_release release;
-    table().fused_run(net_, batch, persons, (const float*)x, stride.data(), (float*)features, threads);
-  }
+  const FusedNetwork& network() const { return net_; }
 
  private:
   FusedGraphs graphs(const py::dict& d) {
@@ -114,10 +119,14 @@ class Fused {
     const py::buffer_info info = buffer.request();
     if (info.itemsize != (py::ssize_t)sizeof(T)) throw std::invalid_argument("Expected 4-byte elements in an array of a fused step.");
     const size_t bytes = (size_t)info.size * sizeof(T);
-    auto& block = kept_.emplace_back(new char[bytes + 64]);
-    if (bytes) std::memcpy(block.get(), info.ptr, bytes);
+    char* block = room(bytes + 64);
+    if (bytes) std::memcpy(block, info.ptr, bytes);
     if (count) *count = info.size;
-    return (const T*)block.get();
+    return (const T*)block;
+  }
+  char* room(size_t bytes) {
+    kept_.emplace_back(new char[bytes + 64]);
+    return (char*)(((uintptr_t)kept_.back().get() + 63) / 64 * 64);
   }
   template <class T>
   const T* array(const py::dict& d, const char* name, int64_t* count = nullptr) {
@@ -206,8 +215,17 @@ PYBIND11_MODULE(_native, m) {
   });
 
   py::class_<Fused>(m, "Fused")
-      .def(py::init<const py::dict&, const py::buffer&, const py::buffer&, const py::list&>())
-      .def("run", &Fused::run);
+      .def(py::init<const py::dict&, const py::buffer&, const py::buffer&, const py::list&>());
+
+  // One batch through several networks of the same input: a list of Fused and the addresses of their features.
+  m.def("fused_run", [](const std::vector<const Fused*>& networks, int64_t batch, int64_t persons, Address x,
+                        const std::array<int64_t, 5>& stride, const Addresses& features, int threads) {
+    py::gil_scoped_release release;
+    std::vector<const FusedNetwork*> nets;
+    for (const Fused* network : networks) nets.push_back(&network->network());
+    table().fused_run(nets.data(), (int64_t)nets.size(), batch, persons, (const float*)x, stride.data(),
+                      (float* const*)features.data(), threads);
+  });
 
   // Dynamic aggregations: shape = (N, K, C, R, T, V). A list of addresses and a list of strides, in the order of the op.
   m.def("aa_forward", [](bool is_double, const Sizes& shape, const Addresses& t, const Strides& stride, int threads) {

@@ -16,7 +16,7 @@ namespace {
 }  // namespace
 
 const Table& baseline_table() {
-  static const Table table{"baseline", ops<float>(), ops<double>(), fused_run, fma_burst};
+  static const Table table{"baseline", ops<float>(), ops<double>(), fused_tables_room, fused_make_tables, fused_run, fma_burst};
   return table;
 }
 }  // namespace sparse_stgcn

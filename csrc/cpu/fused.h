@@ -63,6 +63,8 @@ struct FusedNetwork {
   int64_t persons = 1;                             // 1: the same norm for every person
   int64_t num_steps = 0;
   const FusedStep* steps = nullptr;
+  const float* absent = nullptr;  // features of a person that is nothing but zeros, (persons, features)
+  const char* tables = nullptr;   // of the instruction set: fused_make_tables
 };
 
 }  // namespace sparse_stgcn

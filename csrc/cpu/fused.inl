@@ -29,9 +29,17 @@ INLINE Entries<float> fused_entries(const FusedStep& s, int64_t g) {
   return {s.offset + first, s.weight + first * s.bo, s.row_ptr[g + 1] - first, s.bo};
 }
 
-INLINE void clear_halo(const FusedStep& s, int64_t V, float* arena) {
+// What one of `parts` threads does of a step: a range of its block rows. Every output is the same sum whoever makes it.
+struct Share {
+  int64_t part = 0, parts = 1;
+  int64_t begin(int64_t n) const { return part * n / parts; }
+  int64_t end(int64_t n) const { return (part + 1) * n / parts; }
+};
+
+INLINE void clear_halo(const FusedStep& s, int64_t V, float* arena, Share share) {
   if (!s.lead && !s.trail) return;
-  for (int64_t o = 0; o < s.rows; o++) {
+  const int64_t last = min64(share.end(s.groups) * s.bo, s.rows);
+  for (int64_t o = share.begin(s.groups) * s.bo; o < last; o++) {
     float* row = arena + s.dst + o * s.dst_ld;
     std::memset(row - s.lead * V, 0, s.lead * V * sizeof(float));
     std::memset(row + s.frames * V, 0, s.trail * V * sizeof(float));
@@ -41,10 +49,10 @@ INLINE void clear_halo(const FusedStep& s, int64_t V, float* arena) {
 // Pixels that all block rows sweep before the next ones: what they read of the arena stays near.
 constexpr int64_t fused_sweep = 6 * tile_vectors<MAX_ROWS> * lanes<float>;
 
-INLINE void fused_conv(const FusedStep& s, int64_t V, float* arena) {
-  const int64_t pixels = s.frames * V, groups = s.groups;
+INLINE void fused_conv(const FusedStep& s, int64_t V, float* arena, Share share) {
+  const int64_t pixels = s.frames * V;
   for (int64_t at = 0; at < pixels; at += fused_sweep)
-    for (int64_t g = 0; g < groups; g++) {
+    for (int64_t g = share.begin(s.groups); g < share.end(s.groups); g++) {
       const int64_t first = g * s.bo, rows = min64(s.bo, s.rows - first);
       const float* bias = s.bias + first;
       float* y = arena + s.dst + first * s.dst_ld + at;
@@ -68,29 +76,46 @@ INLINE void fused_conv(const FusedStep& s, int64_t V, float* arena) {
         fused_row(arena + at, fused_entries(s, g), rows, n, y, s.dst_ld, start,
                   [&](int64_t, int64_t, Vec<float> sum) __attribute__((always_inline)) { return sum; });
     }
-  clear_halo(s, V, arena);
+  clear_halo(s, V, arena, share);
 }
 
-INLINE void fused_graph(const FusedStep& s, int64_t V, const AdjacencyTable<float>& adjacency, float* arena) {
-  const int64_t groups = s.groups;
+// Z of a step: one for the person, or, where threads share the step, one for each with the rows that its block rows read.
+struct MadeRows {
+  float* z;
+  const uint8_t* wanted = nullptr;
+  MadeRows(const FusedStep& s, float* arena, Share share) : z(arena + s.scratch) {
+    if (share.parts == 1) return;
+    task_scratch.reserve(Scratch::room<uint8_t>(s.made) + Scratch::room<float>((s.made + 1) * s.scratch_ld));
+    uint8_t* flags = task_scratch.take<uint8_t>(s.made);
+    z = task_scratch.take<float>((s.made + 1) * s.scratch_ld);
+    std::memset(flags, 0, s.made);
+    const int64_t last = s.row_ptr[share.end(s.groups)];
+    for (int64_t e = s.row_ptr[share.begin(s.groups)]; e < last; e++) flags[s.offset[e] / s.scratch_ld] = 1;
+    wanted = flags;
+  }
+  bool has(int64_t row) const { return !wanted || wanted[row]; }
+};
+
+INLINE void fused_graph(const FusedStep& s, int64_t V, const AdjacencyTable<float>& adjacency, float* arena, Share share) {
+  const MadeRows made(s, arena, share);
   for (int64_t t0 = 0; t0 < s.frames; t0 += s.tile) {
     const int64_t frames = min64(s.tile, s.frames - t0);
     for (int64_t z = 0; z < s.made; z++)
-      adjacency.apply(s.made_subset[z], arena + s.src + s.made_input[z] * s.src_ld + t0 * V, frames,
-                      arena + s.scratch + z * s.scratch_ld);
-    for (int64_t g = 0; g < groups; g++) {
+      if (made.has(z))
+        adjacency.apply(s.made_subset[z], arena + s.src + s.made_input[z] * s.src_ld + t0 * V, frames, made.z + z * s.scratch_ld);
+    for (int64_t g = share.begin(s.groups); g < share.end(s.groups); g++) {
       const int64_t first = g * s.bo, rows = min64(s.bo, s.rows - first);
       const float* bias = s.bias + first * s.bias_ld;
-      fused_row(arena + s.scratch, fused_entries(s, g), rows, frames * V, arena + s.dst + first * s.dst_ld + t0 * V, s.dst_ld,
+      fused_row(made.z, fused_entries(s, g), rows, frames * V, arena + s.dst + first * s.dst_ld + t0 * V, s.dst_ld,
                 [&](int64_t o, int64_t p, int i) __attribute__((always_inline)) { return load(bias + o * s.bias_ld + p % V + i * lanes<float>); },
                 [&](int64_t, int64_t, Vec<float> sum) __attribute__((always_inline)) { return relu(sum); });
     }
   }
-  clear_halo(s, V, arena);
+  clear_halo(s, V, arena, share);
 }
 
-INLINE void fused_split(const FusedStep& s, int64_t V, float* arena) {
-  for (int64_t r = 0; r < s.rows; r++)
+INLINE void fused_split(const FusedStep& s, int64_t V, float* arena, Share share) {
+  for (int64_t r = share.begin(s.rows); r < share.end(s.rows); r++)
     for (int64_t q = 0; q < s.planes; q++) {
       float* to = arena + s.dst + r * s.dst_ld + q * s.plane_ld;
       int64_t t = q;
@@ -118,10 +143,9 @@ INLINE void fused_pool(const FusedStep& s, int64_t V, const float* arena, float*
 void fused_branch_step(const FusedStep& s, int64_t V, float* arena);  // fused_branches.inl
 void fused_ctr(const FusedStep& s, int64_t V, float* arena);          // fused_ctr.inl
 void fused_dg(const FusedStep& s, int64_t V, float* arena);           // fused_dg.inl
-inline void fused_aa(const FusedStep& s, int64_t V, float* arena);    // fused_aa.inl
+inline void fused_aa(const FusedStep& s, int64_t V, float* arena, Share share);  // fused_aa.inl
 
-inline void fused_person(const FusedNetwork& net, const AdjacencyTable<float>* tables, const float* x, const int64_t stride[3],
-                         int64_t person, float* arena, float* features) {
+INLINE void fused_input(const FusedNetwork& net, const float* x, const int64_t stride[3], int64_t person, float* arena) {
   const int64_t T = net.frames, V = net.joints, C = net.channels;
   const float* scale = net.scale + person % net.persons * V * C;
   const float* shift = net.shift + person % net.persons * V * C;
@@ -131,16 +155,31 @@ inline void fused_person(const FusedNetwork& net, const AdjacencyTable<float>* t
       for (int64_t v = 0; v < V; v++)
         to[t * V + v] = x[t * stride[0] + v * stride[1] + c * stride[2]] * scale[v * C + c] + shift[v * C + c];
   }
+}
+
+// Whether threads can share a step.
+INLINE bool shareable(const FusedStep& s) { return s.kind != FusedStep::kPool && s.kind < FusedStep::kAttend; }
+
+inline void fused_step(const FusedNetwork& net, const FusedStep& s, float* arena, float* features, Share share) {
+  const int64_t V = net.joints;
+  if (s.kind == FusedStep::kGraph) fused_graph(s, V, ((const AdjacencyTable<float>*)net.tables)[&s - net.steps], arena, share);
+  else if (s.kind == FusedStep::kConv) fused_conv(s, s.joints ? s.joints : V, arena, share);
+  else if (s.kind == FusedStep::kSplit) fused_split(s, V, arena, share);
+  else if (s.kind >= FusedStep::kAaGraph && s.kind <= FusedStep::kAttend) fused_aa(s, V, arena, share);
+  else if (s.kind == FusedStep::kPool) fused_pool(s, V, arena, features);
+  else if (s.kind == FusedStep::kCtr) fused_ctr(s, V, arena);
+  else if (s.kind == FusedStep::kDg) fused_dg(s, V, arena);
+  else fused_branch_step(s, V, arena);
+}
+
+// One person, its steps shared by `threads` threads.
+inline void fused_person(const FusedNetwork& net, const float* x, const int64_t stride[3], int64_t person, float* arena,
+                         float* features, int threads) {
+  fused_input(net, x, stride, person, arena);
   for (int64_t j = 0; j < net.num_steps; j++) {
     const FusedStep& s = net.steps[j];
-    if (s.kind == FusedStep::kGraph) fused_graph(s, V, *tables++, arena);
-    else if (s.kind == FusedStep::kConv) fused_conv(s, s.joints ? s.joints : V, arena);
-    else if (s.kind == FusedStep::kSplit) fused_split(s, V, arena);
-    else if (s.kind == FusedStep::kPool) fused_pool(s, V, arena, features);
-    else if (s.kind >= FusedStep::kAaGraph && s.kind <= FusedStep::kAttend) fused_aa(s, V, arena);
-    else if (s.kind == FusedStep::kCtr) fused_ctr(s, V, arena);
-    else if (s.kind == FusedStep::kDg) fused_dg(s, V, arena);
-    else fused_branch_step(s, V, arena);
+    const int64_t parts = shareable(s) ? threads : 1;
+    parallel(parts, threads, [&](int64_t part) { fused_step(net, s, arena, features, {part, parts}); });
   }
 }
 
@@ -153,40 +192,58 @@ INLINE bool absent(const float* x, const int64_t stride[3], int64_t T, int64_t V
   return true;
 }
 
-// x (batch, persons, T, V, C) with strides; features (batch * persons, net.features).
-// The features of an absent person are a constant of the network: they are computed once and copied.
-inline void fused_run(const FusedNetwork& net, int64_t batch, int64_t persons, const float* x, const int64_t stride[5],
-                      float* features, int threads) {
-  const int64_t total = batch * persons;
-  size_t room = Scratch::room<AdjacencyTable<float>>(net.num_steps) + 2 * Scratch::room<int64_t>(total) + Scratch::room<int64_t>(persons);
+// Tables of a network that are the same for all calls, made once: one for every step, filled for kGraph.
+inline size_t fused_tables_room(const FusedNetwork& net) {
+  size_t room = Scratch::room<AdjacencyTable<float>>(net.num_steps);
   for (int64_t j = 0; j < net.num_steps; j++)
     if (net.steps[j].kind == FusedStep::kGraph)
       room += AdjacencyTable<float>::room({net.steps[j].subsets, net.joints, net.steps[j].entries, nullptr, nullptr});
-  call_scratch.reserve(room);
-  auto* tables = call_scratch.take<AdjacencyTable<float>>(net.num_steps);
-  int64_t *todo = call_scratch.take<int64_t>(total), *copy_of = call_scratch.take<int64_t>(total);
-  int64_t *first_absent = call_scratch.take<int64_t>(persons), graphs = 0, count = 0;
+  return room;
+}
+inline void fused_make_tables(const FusedNetwork& net, char* memory) {
+  Scratch scratch;
+  scratch.base = memory, scratch.size = fused_tables_room(net);
+  auto* tables = scratch.take<AdjacencyTable<float>>(net.num_steps);
   for (int64_t j = 0; j < net.num_steps; j++) {
     const FusedStep& s = net.steps[j];
-    if (s.kind != FusedStep::kGraph) continue;
-    new (&tables[graphs++]) AdjacencyTable<float>({s.subsets, net.joints, s.entries, s.ptr, s.source}, s.coef, false, call_scratch);
+    if (s.kind == FusedStep::kGraph)
+      new (&tables[j]) AdjacencyTable<float>({s.subsets, net.joints, s.entries, s.ptr, s.source}, s.coef, false, scratch);
   }
-  for (int64_t m = 0; m < persons; m++) first_absent[m] = -1;
+  scratch.base = nullptr;  // the caller's
+}
+
+// A person whose steps are shared has one arena, of the thread that calls.
+inline thread_local Scratch shared_arena;
+
+// x (batch, persons, T, V, C) with strides, read by `count` networks; features[i] (batch * persons, nets[i]->features).
+// The features of an absent person are a constant of the network: nets[i]->absent, where it is known, is copied. A task is one
+// person in one network; with fewer tasks than threads, they share the steps of a task.
+inline void fused_run(const FusedNetwork* const* nets, int64_t count, int64_t batch, int64_t persons, const float* x,
+                      const int64_t stride[5], float* const* features, int threads) {
+  const int64_t total = batch * persons;
+  call_scratch.reserve(Scratch::room<int64_t>(total));
+  int64_t* todo = call_scratch.take<int64_t>(total);
+  int64_t present = 0;
+  bool known = true;
+  for (int64_t n = 0; n < count; n++) known = known && nets[n]->absent;
   auto person = [&](int64_t i) { return x + i / persons * stride[0] + i % persons * stride[1]; };
   for (int64_t i = 0; i < total; i++) {
-    copy_of[i] = -1;
-    int64_t& first = first_absent[net.persons == 1 ? 0 : i % persons];
-    if (absent(person(i), stride + 2, net.frames, net.joints, net.channels)) {
-      copy_of[i] = first;
-      if (first < 0) first = i;
-    }
-    if (copy_of[i] < 0) todo[count++] = i;
+    if (known && absent(person(i), stride + 2, nets[0]->frames, nets[0]->joints, nets[0]->channels))
+      for (int64_t n = 0; n < count; n++) {
+        const int64_t width = nets[n]->features;
+        std::memcpy(features[n] + i * width, nets[n]->absent + i % persons % nets[n]->persons * width, width * sizeof(float));
+      }
+    else todo[present++] = i;
   }
-  parallel(count, threads, [&](int64_t task) {
-    const int64_t i = todo[task];
-    task_scratch.reserve(Scratch::room<float>(net.arena));
-    fused_person(net, tables, person(i), stride + 2, i % persons, task_scratch.take<float>(net.arena), features + i * net.features);
-  });
-  for (int64_t i = 0; i < total; i++)
-    if (copy_of[i] >= 0) std::memcpy(features + i * net.features, features + copy_of[i] * net.features, net.features * sizeof(float));
+  auto run = [&](int64_t task, Scratch& scratch, int share) {
+    const FusedNetwork& net = *nets[task / present];
+    const int64_t i = todo[task % present];
+    scratch.reserve(Scratch::room<float>(net.arena));
+    fused_person(net, person(i), stride + 2, i % persons, scratch.take<float>(net.arena), features[task / present] + i * net.features, share);
+  };
+  const int64_t tasks = present * count;
+  if (tasks < threads)
+    for (int64_t task = 0; task < tasks; task++) run(task, shared_arena, threads);
+  else
+    parallel(tasks, threads, [&](int64_t task) { run(task, task_scratch, 1); });
 }

@@ -14,18 +14,23 @@ INLINE void similarity(const float* a, const float* b, int64_t rows, int64_t ld,
 }
 
 // coef: A (K, V, V), then alpha. Entries: of every subset the rows of conv_a, then of conv_b, offsets from the arena.
-inline void aa_graphs(const FusedStep& s, int64_t V, float* arena) {
+// Threads share the subsets.
+inline void aa_graphs(const FusedStep& s, int64_t V, float* arena, Share share) {
   const Joints<float> j(V);
-  const int64_t part = embedded_rows(s), groups = part / s.bo;
+  const int64_t part = embedded_rows(s), groups = part / s.bo, first = share.begin(s.subsets), last = share.end(s.subsets);
   float *maps = arena + s.maps, *e = arena + s.scratch;
-  std::memset(maps, 0, s.subsets * j.map * sizeof(float));
+  if (share.parts > 1) {
+    task_scratch.reserve(Scratch::room<float>((2 * part + 1) * s.scratch_ld));
+    e = task_scratch.take<float>((2 * part + 1) * s.scratch_ld);
+  }
+  std::memset(maps + first * j.map, 0, (last - first) * j.map * sizeof(float));
   for (int64_t q = 0; q < s.planes; q++) {
     const int64_t count = ceil_div(s.src_frames - q, s.planes);
     for (int64_t t0 = 0; t0 < count; t0 += s.tile) {
       const int64_t frames = min64(s.tile, count - t0), pixels = frames * V;
       const int64_t ld = pixels % lanes<float> ? s.scratch_ld : pixels;
       const float* x = arena + q * s.plane_ld + t0 * V;
-      for (int64_t k = 0; k < s.subsets; k++) {
+      for (int64_t k = first; k < last; k++) {
         for (int64_t g = 2 * k * groups; g < 2 * (k + 1) * groups; g++) {
           const float* bias = s.bias + g * s.bo;
           fused_row(x, fused_entries(s, g), s.bo, pixels, e + (g - 2 * k * groups) * s.bo * ld, ld,
@@ -37,7 +42,7 @@ inline void aa_graphs(const FusedStep& s, int64_t V, float* arena) {
     }
   }
   const Vec<float> scale = splat<float>(1 / (float)(s.hidden * s.src_frames)), alpha = splat<float>(s.coef[s.subsets * V * V]);
-  for (int64_t r = 0; r < s.subsets * V; r++)
+  for (int64_t r = first * V; r < last * V; r++)
     for (int64_t i = 0; i < j.vectors; i++) {
       const int64_t valid = i + 1 < j.vectors ? lanes<float> : j.last;
       float* at = maps + r * j.ld + i * lanes<float>;
@@ -48,35 +53,37 @@ inline void aa_graphs(const FusedStep& s, int64_t V, float* arena) {
 }
 
 // made_subset = subsets: the row of X itself, which a convolution beside the graphs reads.
-inline void aa_apply(const FusedStep& s, int64_t V, float* arena) {
+inline void aa_apply(const FusedStep& s, int64_t V, float* arena, Share share) {
+  const MadeRows made(s, arena, share);
   const Joints<float> j(V);
   // Whole vectors may be written where the next frame comes later: rows of up to 3 vectors are made in one go.
   const int64_t last = j.vectors <= 3 ? lanes<float> : j.last;
   for (int64_t t0 = 0; t0 < s.frames; t0 += s.tile) {
     const int64_t frames = min64(s.tile, s.frames - t0);
-    float* z = arena + s.scratch;
+    float* z = made.z;
     for (int64_t m = 0; m < s.made; m++, z += s.scratch_ld) {
+      if (!made.has(m)) continue;
       const float* x = arena + s.src + s.made_input[m] * s.src_ld + t0 * V;
       if (s.made_subset[m] == s.subsets) std::memcpy(z, x, frames * V * sizeof(float));
       else product<float>({x, V, 1, arena + s.maps + s.made_subset[m] * j.map, j.ld, V, z, V, false}, frames, j, last);
     }
-    for (int64_t g = 0; g < s.groups; g++) {
+    for (int64_t g = share.begin(s.groups); g < share.end(s.groups); g++) {
       const int64_t first = g * s.bo, rows = min64(s.bo, s.rows - first);
       const float* bias = s.bias + first;
       const float* res = arena + s.residual + first * s.residual_ld + t0 * V;
       float* y = arena + s.dst + first * s.dst_ld + t0 * V;
       auto start = [&](int64_t o, int64_t, int) __attribute__((always_inline)) { return splat<float>(bias[o]); };
       if (s.residual >= 0)
-        fused_row(arena + s.scratch, fused_entries(s, g), rows, frames * V, y, s.dst_ld, start,
+        fused_row(made.z, fused_entries(s, g), rows, frames * V, y, s.dst_ld, start,
                   [&](int64_t o, int64_t p, Vec<float> sum) __attribute__((always_inline)) {
                     return relu(sum + load(res + o * s.residual_ld + p));
                   });
       else
-        fused_row(arena + s.scratch, fused_entries(s, g), rows, frames * V, y, s.dst_ld, start,
+        fused_row(made.z, fused_entries(s, g), rows, frames * V, y, s.dst_ld, start,
                   [&](int64_t, int64_t, Vec<float> sum) __attribute__((always_inline)) { return relu(sum); });
     }
   }
-  clear_halo(s, V, arena);
+  clear_halo(s, V, arena, share);
 }
 
 INLINE Vec<float> one_plus_sigmoid(Vec<float> x) {
@@ -225,8 +232,8 @@ inline void attend(const FusedStep& s, int64_t V, float* arena) {
     }
 }
 
-inline void fused_aa(const FusedStep& s, int64_t V, float* arena) {
-  if (s.kind == FusedStep::kAaGraph) aa_graphs(s, V, arena);
-  else if (s.kind == FusedStep::kAaApply) aa_apply(s, V, arena);
+inline void fused_aa(const FusedStep& s, int64_t V, float* arena, Share share) {
+  if (s.kind == FusedStep::kAaGraph) aa_graphs(s, V, arena, share);
+  else if (s.kind == FusedStep::kAaApply) aa_apply(s, V, arena, share);
   else attend(s, V, arena);
 }

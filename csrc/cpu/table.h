@@ -103,9 +103,11 @@ struct Table {
   const char* name;
   Ops<float> f32;
   Ops<double> f64;
-  // x (batch, persons, T, V, C) with any strides -> features (batch * persons, network.features).
-  void (*fused_run)(const FusedNetwork&, int64_t batch, int64_t persons, const float* x, const int64_t stride[5],
-                    float* features, int threads);
+  size_t (*fused_tables_room)(const FusedNetwork&);
+  void (*fused_make_tables)(const FusedNetwork&, char* memory);
+  // x (batch, persons, T, V, C) with any strides -> for each of `count` networks features (batch * persons, its features).
+  void (*fused_run)(const FusedNetwork* const* networks, int64_t count, int64_t batch, int64_t persons, const float* x,
+                    const int64_t stride[5], float* const* features, int threads);
   int64_t (*fma_burst)(int64_t rounds);  // peak.inl
 };
 

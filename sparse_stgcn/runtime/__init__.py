@@ -6,20 +6,25 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from ..ensemble import Ensemble
 from ..kernels import _native
 from ..recognizer import Recognizer
 from .choice import ENGINES
-from .recognizer import PROGRAMS, FusedRecognizer
+from .recognizer import PROGRAMS, FusedEnsemble, FusedRecognizer
 
-__all__ = ["FusedRecognizer", "optimize"]
+__all__ = ["FusedEnsemble", "FusedRecognizer", "optimize"]
 
 
-def optimize(model: Recognizer, example: Tensor | None = None, engine: str = "fastest") -> nn.Module:
+def optimize(model: Recognizer | Ensemble, example: Tensor | None = None, engine: str = "fastest") -> nn.Module:
     """A network for inference with the same call signature as the model: keypoint (N, M, T, V, C) -> logits.
 
     Batch norm is folded into the live weights; graph and temporal convolutions run with bias, residual and ReLU at the store,
-    one person per task; persons that are entirely zero are computed once. Weights are packed once per clip length (at the
-    first call, or here with ``example``); later calls allocate their output only. Exact up to float32 rounding.
+    one person per task, or one person on all threads where there are fewer persons than threads; persons that are entirely
+    zero cost a copy. Weights are packed once per clip length (at the first call, or here with ``example``); later calls
+    allocate their output only. Exact up to float32 rounding, and bit-equal whatever the batch and the threads.
+
+    Of an Ensemble all members run as one call, which looks for absent persons once and spreads the persons of all members
+    over the threads; the result is its probabilities.
 
     No level is slower than the dense network: above a density of 0.5 the first call for a clip length times the program and
     torch's dense network, batch norms folded, and keeps the faster one; ``optimize(model).choice`` says which. ``engine``
@@ -28,19 +33,25 @@ def optimize(model: Recognizer, example: Tensor | None = None, engine: str = "fa
     Networks without a fused program, other devices and other dtypes run as they are, in eval mode.
 
     Raises:
-        TypeError: model is not a Recognizer.
+        TypeError: model is neither a Recognizer nor an Ensemble.
         ValueError: no such engine.
     """
     if engine not in ("fastest", *ENGINES):
         raise ValueError(f"Expected engine to be one of fastest, {', '.join(ENGINES)}. Got {engine!r}.")
-    if not isinstance(model, Recognizer):
-        raise TypeError(f"Expected model to be a Recognizer, as create_model gives. Got {type(model).__name__}.")
+    if not isinstance(model, (Recognizer, Ensemble)):
+        raise TypeError("Expected model to be a Recognizer, as create_model gives, or an Ensemble. "
+                        f"Got {type(model).__name__}.")
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    parameter = next(model.parameters())
-    if _native.module is None or type(model.backbone) not in PROGRAMS or parameter.device.type != "cpu" \
-            or parameter.dtype != torch.float32:
+    members = model.members if isinstance(model, Ensemble) else [model]
+    if not all(_has_program(member) for member in members):
         return model
-    fused = FusedRecognizer(model, engine)
+    fused = FusedEnsemble(model, engine) if isinstance(model, Ensemble) else FusedRecognizer(model, engine)
     if example is not None:
         fused(example)
     return fused
+
+
+def _has_program(model: nn.Module) -> bool:
+    parameter = next(model.parameters())
+    return _native.module is not None and type(model.backbone) in PROGRAMS and parameter.device.type == "cpu" \
+        and parameter.dtype == torch.float32

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -38,19 +38,16 @@ def dense(model: Recognizer, engine: str) -> Recognizer:
     return made.to(memory_format=torch.channels_last if engine == "torch channels_last" else torch.contiguous_format)
 
 
-def fastest(engines: Iterator[tuple[str, Callable[[Tensor], Tensor]]], keypoint: Tensor) -> tuple[str, Callable[[Tensor], Tensor]]:
+def fastest(engines: list[tuple[str, Callable[[Tensor], Tensor]]], keypoint: Tensor) -> str:
     """The engine with the least time of a few runs on ``keypoint``, each after one that does not count."""
     times = []
     for name, run in engines:
         run(keypoint)
-        seconds = []
         for _ in range(_ROUNDS):
             begin = time.perf_counter()
             run(keypoint)
-            seconds.append(time.perf_counter() - begin)
-        times.append((min(seconds), name, run))
-    _, name, run = min(times, key=lambda entry: entry[0])
-    return name, run
+            times.append((time.perf_counter() - begin, name))
+    return min(times)[1]
 
 
 @torch.no_grad()

@@ -129,7 +129,7 @@ class Program:
 
     @torch.no_grad()
     def build(self) -> Any:
-        """The compiled network: ``run(batch, persons, keypoint, strides, features, threads)``."""
+        """The compiled network, for ``_native.module.fused_run``."""
         assert _native.module is not None
         joints, channels = self.joints, self.backbone.in_channels
         widths = [channels, *(self.width(block) for block in self.backbone.blocks)]

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,9 @@ from ..backbones.aagcn import AAGCN
 from ..backbones.ctrgcn import CTRGCN
 from ..backbones.dgstgcn import DGSTGCN
 from ..backbones.stgcn import STGCN
-from ..recognizer import Recognizer
+from ..ensemble import Ensemble, mean_probability
+from ..kernels import _native
+from ..recognizer import Head, Recognizer
 from .aagcn import AAGCNProgram
 from .choice import ENGINES, MEASURED_ABOVE, dense, density, fastest
 from .ctrgcn import CTRGCNProgram
@@ -36,29 +39,68 @@ class FusedRecognizer(nn.Module):
         super().__init__()
         self.model, self.engine = model, engine
         self.choice: dict[int, str] = {}
-        self._run: dict[int, Callable[[Tensor], Tensor]] = {}
+        self._programs: dict[int, Any] = {}
+        self._dense: dict[int, Recognizer] = {}
 
     @torch.inference_mode()
     def forward(self, keypoint: Tensor) -> Tensor:
+        program = self.prepare(keypoint)
+        return self.in_torch(keypoint) if program is None else run([(program, self.model.cls_head)], keypoint)[0]
+
+    def in_torch(self, keypoint: Tensor) -> Tensor:
+        """Logits from torch, where it was chosen."""
+        return self._dense[keypoint.shape[2]](keypoint)
+
+    def prepare(self, keypoint: Tensor) -> Any:
+        """The compiled program for clips of this length, or None where torch runs them; made at the first call."""
         self.model.backbone._check(keypoint)
         if keypoint.dtype != torch.float32 or keypoint.device.type != "cpu":
             raise TypeError(f"Expected keypoint to be float32 on the CPU. Got {keypoint.dtype} on {keypoint.device}.")
         frames = keypoint.shape[2]
-        if frames not in self._run:
+        if frames not in self.choice:
             names = [self.engine] if self.engine in ENGINES else ENGINES[:1 if density(self.model) <= MEASURED_ABOVE else None]
-            made = ((name, self._make(name, frames)) for name in names)
-            self.choice[frames], self._run[frames] = next(made) if len(names) == 1 else fastest(made, keypoint)
-        return self._run[frames](keypoint)
+            made = [(name, self._make(name, frames)) for name in names]
+            calls = [(name, engine if name != "fused" else self._call(engine)) for name, engine in made]
+            name = names[0] if len(names) == 1 else fastest(calls, keypoint)
+            self.choice[frames], (self._dense if name != "fused" else self._programs)[frames] = name, dict(made)[name]
+        return self._programs.get(frames)
 
-    def _make(self, name: str, frames: int) -> Callable[[Tensor], Tensor]:
-        if name != "fused":
-            return dense(self.model, name)
-        program, head = PROGRAMS[type(self.model.backbone)](self.model, frames).build(), self.model.cls_head.fc_cls
+    def _make(self, name: str, frames: int) -> Any:
+        return dense(self.model, name) if name != "fused" else PROGRAMS[type(self.model.backbone)](self.model, frames).build()
 
-        def run(keypoint: Tensor) -> Tensor:
-            batch, persons = keypoint.shape[:2]
-            features = torch.empty(batch, persons, head.in_features)
-            program.run(batch, persons, keypoint.data_ptr(), keypoint.stride(), features.data_ptr(), torch.get_num_threads())
-            return head(features.mean(1))
+    def _call(self, program: Any) -> Callable[[Tensor], Tensor]:
+        return lambda keypoint: run([(program, self.model.cls_head)], keypoint)[0]
 
-        return run
+
+class FusedEnsemble(nn.Module):
+    """An Ensemble made ready for inference on the CPU; made by ``optimize``. ``members`` are FusedRecognizers."""
+
+    def __init__(self, ensemble: Ensemble, engine: str = "fastest") -> None:
+        super().__init__()
+        self.members = nn.ModuleList(FusedRecognizer(member, engine) for member in ensemble.members)
+
+    @torch.inference_mode()
+    def forward(self, keypoint: Tensor) -> Tensor:
+        programs = [member.prepare(keypoint) for member in self.members]
+        fused = [(program, member.model.cls_head) for program, member in zip(programs, self.members, strict=True) if program]
+        logits = iter(run(fused, keypoint) if fused else [])
+        return mean_probability([next(logits) if program else member.in_torch(keypoint)
+                                 for program, member in zip(programs, self.members, strict=True)])
+
+
+def run(networks: list[tuple[Any, Head]], keypoint: Tensor) -> list[Tensor]:
+    """Logits of compiled networks of the same input, with their heads, in one call."""
+    assert _native.module is not None
+    batch, persons = keypoint.shape[:2]
+    features = [torch.empty(batch, persons, head.fc_cls.in_features) for _, head in networks]
+    _native.module.fused_run([program for program, _ in networks], batch, persons, keypoint.data_ptr(), keypoint.stride(),
+                             [feature.data_ptr() for feature in features], torch.get_num_threads())
+    return [_classify(feature.mean(1), head) for feature, (_, head) in zip(features, networks, strict=True)]
+
+
+def _classify(features: Tensor, head: Head) -> Tensor:
+    """Sample by sample: a product of matrices sums in another order than one with a vector, so bits would follow the batch."""
+    logits = torch.empty(len(features), head.fc_cls.out_features)
+    for row, sample in zip(logits, features, strict=True):
+        row.copy_(head.fc_cls(sample))
+    return logits
