@@ -1,8 +1,8 @@
 """Networks for the tests of the fused programs: batch norms, graph scales and coefficients that do something.
 
-Errors are compared with 2e-6, so the networks have to be ones that float32 can compute to 1e-6. CTR-GCN gets the statistics of a
-batch into its batch norms: without, its activations grow from block to block, and so do the differences that go into tanh. With
-them, the temporal unit of DG-STGCN would divide by small deviations; where that is used, they are random.
+Errors are compared with 2e-6, so the networks have to be ones that float32 can compute to 1e-6. CTR-GCN gets the statistics of
+a batch into its batch norms: without, its activations grow from block to block, and so do the differences that go into tanh.
+With them, the temporal unit of DG-STGCN would divide by small deviations; where that is used, they are random.
 """
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparse_stgcn.sparsity import maskable_convs
 def network(name: str, sparsity: float, block: str = "8x1", layout: str = "nturgb+d", **kwargs):
     """A small network without a parameter at a value that would hide a mistake; compact if ``sparsity`` is not 0."""
     torch.manual_seed(0)
-    model = sparse_stgcn.create_model(name, num_classes=7, layout=layout, base_channels=kwargs.pop("base_channels", 16), **kwargs)
+    model = sparse_stgcn.create_model(name, num_classes=7, layout=layout, **{"base_channels": 16, **kwargs})
     for module in model.modules():
         if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
             module.running_mean.normal_(0, 0.1), module.running_var.uniform_(0.5, 1.5)
@@ -40,7 +40,7 @@ def settled(model):
     for module in norms:
         module.momentum = 1.0
     with torch.no_grad():
-        model.train()(torch.randn(4, model.backbone.num_person, 24, len(model.backbone.skeleton), 3, generator=torch.Generator().manual_seed(2)))
+        model.train()(keypoint(4, 24, len(model.backbone.skeleton), model.backbone.num_person, seed=2))
     return model
 
 
@@ -54,15 +54,21 @@ def mixed_blocks(model):
     return settled(sparse_stgcn.compact(model))
 
 
-def keypoint(batch: int, frames: int, joints: int = 25, persons: int = 2):
-    return torch.randn(batch, persons, frames, joints, 3, generator=torch.Generator().manual_seed(1))
+def chain(joints: int):
+    """A skeleton of joints in a row."""
+    return {"name": "chain", "joints": [f"joint {v}" for v in range(joints)], "edges": [[v, v - 1] for v in range(1, joints)],
+            "root": 0}
+
+
+def keypoint(batch: int, frames: int, joints: int = 25, persons: int = 2, seed: int = 1):
+    return torch.randn(batch, persons, frames, joints, 3, generator=torch.Generator().manual_seed(seed))
 
 
 def assert_same(model, x, tolerance=2e-6):
     """optimize(model) compiles it, and its logits are those of the densified model in float64."""
     with torch.inference_mode():
         want = sparse_stgcn.densify(copy.deepcopy(model)).double().eval()(x.double())
-    fused = runtime.optimize(model)
+    fused = runtime.optimize(model, engine="fused")
     assert isinstance(fused, runtime.FusedRecognizer)
     got = fused(x)
     error = ((got - want).abs().max() / want.abs().max()).item()

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fused_networks import assert_bit_equal_over_calls_threads_and_batches, assert_same, keypoint, mixed_blocks
+from fused_networks import assert_bit_equal_over_calls_threads_and_batches, assert_same, chain, keypoint, mixed_blocks
 from fused_networks import network as any_network
 
 import sparse_stgcn
 from sparse_stgcn import runtime
 from sparse_stgcn.kernels import _native
+from sparse_stgcn.runtime.ctr_inputs import InputProducts
 from sparse_stgcn.sparsity import maskable_convs
 
 pytestmark = pytest.mark.skipif(_native.module is None, reason="the native module is not built")
@@ -43,10 +44,26 @@ def test_any_layout(layout, joints):
     assert_same(network(0.8, layout=layout), keypoint(2, 33, joints))
 
 
+@pytest.mark.parametrize("direct", [True, False], ids=["channels", "inputs"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.8])
+@pytest.mark.parametrize(("layout", "joints", "frames"), [("nturgb+d", 25, 7), ("nturgb+d", 25, 70), ("coco", 17, 40)])
+def test_both_ways_to_multiply_out(monkeypatch, direct, sparsity, layout, joints, frames):
+    """Products of channels with their graphs, and products of inputs with single maps: every unit one way, then the other."""
+    monkeypatch.setattr(InputProducts, "cheaper_than", lambda self, products, values, joints: not direct)
+    model = network(sparsity, layout=layout)
+    for conv in maskable_convs(model).values():
+        torch.nn.init.normal_(conv.bias, 0, 0.1)
+    assert_same(model, keypoint(2, frames, joints))
+
+
+def test_both_ways_with_different_blocks(monkeypatch):
+    monkeypatch.setattr(InputProducts, "cheaper_than", lambda self, products, values, joints: True)
+    assert_same(mixed_blocks(network(0.0)), keypoint(2, 20))
+
+
 @pytest.mark.parametrize("joints", [3, 15, 16, 20, 40])
 def test_any_number_of_joints(joints):
-    skeleton = {"name": "chain", "joints": [f"joint {v}" for v in range(joints)], "edges": [[v, v - 1] for v in range(1, joints)], "root": 0}
-    assert_same(network(0.8, layout=skeleton), keypoint(2, 20, joints))
+    assert_same(network(0.8, layout=chain(joints)), keypoint(2, 20, joints))
 
 
 @pytest.mark.parametrize("persons", [1, 2, 5])
@@ -54,11 +71,11 @@ def test_any_number_of_persons(persons):
     assert_same(network(0.8, num_person=persons), keypoint(2, 20, persons=persons))
 
 
-@pytest.mark.parametrize("kwargs", [{"temporal": "mixed"}, {"graph": "random", "num_subsets": 5}, {"num_subsets": 9, "graph": "random"}, {"base_channels": 20}],
+@pytest.mark.parametrize("kwargs", [{"temporal": "mixed"}, {"num_subsets": 5}, {"num_subsets": 9}, {"base_channels": 20}],
                          ids=["mixed", "5-subsets", "9-subsets", "20-channels"])
 def test_other_forms_of_the_network(kwargs):
     for sparsity in (0.0, 0.8):
-        assert_same(network(sparsity, **kwargs), keypoint(2, 21))
+        assert_same(network(sparsity, graph="random" if "num_subsets" in kwargs else "spatial", **kwargs), keypoint(2, 21))
 
 
 def test_layers_of_different_blocks_in_one_network():

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fused_networks import assert_bit_equal_over_calls_threads_and_batches, assert_same, keypoint, mixed_blocks
+from fused_networks import assert_bit_equal_over_calls_threads_and_batches, assert_same, chain, keypoint, mixed_blocks
 from fused_networks import network as any_network
 
 import sparse_stgcn
@@ -45,8 +45,7 @@ def test_any_layout(layout, joints):
 
 @pytest.mark.parametrize("joints", [3, 15, 16, 20, 40])
 def test_any_number_of_joints(joints):
-    skeleton = {"name": "chain", "joints": [f"joint {v}" for v in range(joints)], "edges": [[v, v - 1] for v in range(1, joints)], "root": 0}
-    assert_same(network(0.8, layout=skeleton), keypoint(2, 20, joints))
+    assert_same(network(0.8, layout=chain(joints)), keypoint(2, 20, joints))
 
 
 @pytest.mark.parametrize("persons", [1, 2, 5])

@@ -33,7 +33,8 @@ struct FusedStep {
     kDg,          // dst = relu(pre(src)) G, a graph for every channel
     kMax,         // dst = maximum over three frames, scaled, shifted
     kJointMean,   // frames of V joints -> frames of V + 1, the last one is the mean
-    kJointAdd,    // frames of V + 1 joints -> V: relu(x[v] + coef[v] x[V] + bias)
+    kCtrInputs = 22,  // kCtr by way of products of src with single maps: dst = relu(W (those products) + bias + residual)
+    kJointAdd = 21,   // frames of V + 1 joints -> V: relu(x[v] + coef[v] x[V] + bias)
   };
   int64_t kind = kConv;
   int64_t src = 0, src_ld = 0, src_frames = 0;  // offsets into the arena and row lengths, in floats; frames of V pixels

@@ -143,6 +143,7 @@ INLINE void fused_pool(const FusedStep& s, int64_t V, const float* arena, float*
 void fused_branch_step(const FusedStep& s, int64_t V, float* arena);  // fused_branches.inl
 void fused_ctr(const FusedStep& s, int64_t V, float* arena);          // fused_ctr.inl
 void fused_dg(const FusedStep& s, int64_t V, float* arena);           // fused_dg.inl
+void fused_ctr_inputs(const FusedStep& s, int64_t V, float* arena);   // fused_inputs.inl
 inline void fused_aa(const FusedStep& s, int64_t V, float* arena, Share share);  // fused_aa.inl
 
 INLINE void fused_input(const FusedNetwork& net, const float* x, const int64_t stride[3], int64_t person, float* arena) {
@@ -168,6 +169,7 @@ inline void fused_step(const FusedNetwork& net, const FusedStep& s, float* arena
   else if (s.kind >= FusedStep::kAaGraph && s.kind <= FusedStep::kAttend) fused_aa(s, V, arena, share);
   else if (s.kind == FusedStep::kPool) fused_pool(s, V, arena, features);
   else if (s.kind == FusedStep::kCtr) fused_ctr(s, V, arena);
+  else if (s.kind == FusedStep::kCtrInputs) fused_ctr_inputs(s, V, arena);
   else if (s.kind == FusedStep::kDg) fused_dg(s, V, arena);
   else fused_branch_step(s, V, arena);
 }

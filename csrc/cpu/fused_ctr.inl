@@ -30,6 +30,16 @@ INLINE void fused_rows(const FusedStep& s, int64_t group, const float* bias, int
   });
 }
 
+// The tanh maps of all live (k, r).
+INLINE void tanh_maps(const FusedGraphs& d, const Joints<float>& j, float* arena) {
+  for (int64_t m = 0; m < d.live; m++) {
+    float* to = arena + d.maps + m * j.map;
+    const int64_t ld = j.ld;
+    tanh_map<float>(arena + d.x1 + d.live_row[m] * ld, arena + d.x2 + d.live_row[m] * ld, j, 1, arena + d.work,
+                    [=](int64_t v, int64_t i, Vec<float> t) __attribute__((always_inline)) { store(to + v * ld + i * lanes<float>, t); });
+  }
+}
+
 struct CtrMaker {
   const FusedStep& s;
   const FusedGraphs& d;
@@ -70,11 +80,7 @@ __attribute__((noinline)) void fused_ctr(const FusedStep& s, int64_t V, float* a
   const int64_t ld = d.joint_ld, pixels = s.frames * V, K = s.subsets;
   const CtrMaker maker{s, d, joints_with(V, ld), arena, ceil_div(s.rows, d.mix_bo)};
   const Joints<float>& j = maker.j;
-  for (int64_t m = 0; m < d.live; m++) {
-    float* to = arena + d.maps + m * j.map;
-    tanh_map<float>(arena + d.x1 + d.live_row[m] * ld, arena + d.x2 + d.live_row[m] * ld, j, 1, arena + d.work,
-                    [=](int64_t v, int64_t i, Vec<float> t) __attribute__((always_inline)) { store(to + v * ld + i * lanes<float>, t); });
-  }
+  tanh_maps(d, j, arena);
   const bool late = VECTOR_BYTES == 64 && V == 25 && s.frames >= make_frames && K <= max_recipes;
   const int64_t ldx = s.scratch_ld;
   for (int64_t c0 = 0; c0 < s.rows; c0 += ctr_channels) {

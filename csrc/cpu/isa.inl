@@ -19,6 +19,7 @@
 #include "fused_product.inl"
 #include "fused_branches.inl"
 #include "fused_ctr.inl"
+#include "fused_inputs.inl"
 #include "fused_dg.inl"
 #include "fused_aa.inl"
 #include "peak.inl"

@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..layers import SparseConv2d
-from .multibranch import CTR, MEANS, BranchedProgram, Rows, bias_of, unit_gain
+from .ctr_inputs import InputProducts
+from .multibranch import CTR, CTR_INPUTS, MEANS, BranchedProgram, Rows, bias_of, unit_gain
 from .program import Entries, fold, row_length
 
 _CHANNELS = 8  # whose conv3 and graphs exist at a time: ctr_channels in fused_ctr.inl
+_TILE = 32  # frames of products with inputs; a multiple of 16, so that tiles of frames are tiles of whole vectors
 
 
 def stacked(parts: list[Entries]) -> Entries:
@@ -35,44 +36,54 @@ def padded_maps(maps: Tensor, ld: int) -> Tensor:
 
 
 class CTRGCNProgram(BranchedProgram):
-    """Compiles a CTR-GCN."""
+    """Compiles a CTR-GCN.
+
+    A unit has K * C products of frames with graphs, one for each subset and channel. Where few weights live, products of its
+    inputs with single maps are fewer, although more convolution follows: the cheaper of the two by count is taken.
+    """
 
     def spatial(self, unit: nn.Module, x: Rows, target: Rows, frames: int) -> None:
         convs, joints, ld = list(unit.convs), self.joints, self.joint_ld
-        subsets, inputs, channels, rank = len(convs), convs[0].conv3.in_channels, convs[0].conv3.out_channels, convs[0].conv4.in_channels
-        alpha, (gain, shift) = unit.alpha, fold(unit.bn)
-        if isinstance(unit.down, nn.Identity):
-            residual = x
-        else:
+        inputs, channels, rank = convs[0].conv3.in_channels, convs[0].conv3.out_channels, convs[0].conv4.in_channels
+        alpha, (gain, shift) = unit.alpha.expand(channels), fold(unit.bn)
+        residual = x
+        if not isinstance(unit.down, nn.Identity):
             residual = target
             self.pointwise(unit.down[0], *fold(unit.down[1]), x, target, frames)
         means = self.arena.take(inputs * ld), ld
-        self.steps.append({"kind": MEANS, "src": x[0], "src_ld": x[1], "src_frames": frames, "rows": inputs, "dst": means[0], "dst_ld": ld})
-        x1, x2 = (self.arena.take(subsets * rank * ld) for _ in range(2))
+        self.steps.append({"kind": MEANS, "src": x[0], "src_ld": x[1], "src_frames": frames, "rows": inputs,
+                           "dst": means[0], "dst_ld": ld})
+        x1, x2 = (self.arena.take(len(convs) * rank * ld) for _ in range(2))
         for number, conv in enumerate(convs):
             for part, start in ((conv.conv1, x1), (conv.conv2, x2)):
                 self.pointwise(part, *unit_gain(rank), means, (start + number * rank * ld, ld), 1)
 
-        mixes = [Entries.of(conv.conv4, alpha.expand(channels)) for conv in convs]
-        keys = np.concatenate([mix.input[0] + number * rank for number, mix in enumerate(mixes)])
-        live = np.unique(keys)
+        none = torch.zeros(channels)
+        values, mixes = [Entries.of(conv.conv3, gain) for conv in convs], [Entries.of(conv.conv4, alpha) for conv in convs]
+        biases = [bias_of(conv.conv3, gain, none) for conv in convs]
+        constants = [bias_of(conv.conv4, alpha, none) for conv in convs]
+        for value in values:
+            value.place(x[0] + value.input[0] * x[1])
+        live = np.unique(np.concatenate([mix.input[0] + number * rank for number, mix in enumerate(mixes)]))
         for number, mix in enumerate(mixes):
-            mix.place(np.searchsorted(live, mix.input[0] + number * rank) * joints * ld)
-        mixed = stacked(mixes).step()
-        ldp = row_length(frames * joints)
+            mix.place(np.searchsorted(live, mix.input[0] + number * rank))
         step: dict[str, Any] = {
-            "kind": CTR, "frames": frames, "subsets": subsets, "dst": target[0], "dst_ld": target[1], "residual": residual[0],
-            "residual_ld": residual[1], "coef": shift.numpy(), "scratch": self.arena.take(_CHANNELS * subsets * ldp),
-            "scratch_ld": ldp, "x1": x1, "x2": x2, "joint_ld": ld, "maps": self.arena.take(len(live) * joints * ld),
-            "graph": self.arena.take(_CHANNELS * subsets * joints * ld), "work": self.arena.take(2 * ld),
-            "adjacency": padded_maps(unit.A, ld).numpy(), "live_row": live.astype(np.int32), "mix_bo": mixed["bo"],
-            "mix_ptr": mixed["row_ptr"], "mix_offset": mixed["offset"], "mix_weight": mixed["weight"],
-            "mix_bias": torch.cat([bias_of(conv.conv4, alpha.expand(channels), torch.zeros(channels)) for conv in convs]).numpy()}
-        values = stacked([self._values(conv.conv3, gain, x) for conv in convs]).step()
-        bias = torch.cat([bias_of(conv.conv3, gain, torch.zeros(channels)) for conv in convs])
-        self.steps.append({**step, **values, "rows": channels, "bias": bias.numpy()})
-
-    @staticmethod
-    def _values(conv: SparseConv2d, gain: Tensor, x: Rows) -> Entries:
-        entries = Entries.of(conv, gain)
-        return entries.place(x[0] + entries.input[0] * x[1])
+            "frames": frames, "subsets": len(convs), "dst": target[0], "dst_ld": target[1], "residual": residual[0],
+            "residual_ld": residual[1], "x1": x1, "x2": x2, "joint_ld": ld, "maps": self.arena.take(len(live) * joints * ld),
+            "work": self.arena.take(2 * ld), "adjacency": padded_maps(unit.A, ld).numpy(), "live_row": live.astype(np.int32)}
+        products = InputProducts.of(values, biases, mixes, constants, joints)
+        if products.cheaper_than(len(convs) * channels, values, joints):
+            ldp = row_length(_TILE * joints)
+            self.steps.append({**step, "kind": CTR_INPUTS, "src": x[0], "src_ld": x[1], "tile": _TILE, "scratch_ld": ldp,
+                               "scratch": self.arena.take(len(products.graph) * ldp), "graph": self.arena.take(ld),
+                               "made_subset": products.graph, "made_input": products.input, **products.entries(ldp).step(),
+                               "bias": (shift + products.bias[:channels]).float().numpy()})
+            return
+        for mix in mixes:
+            mix.offset[0] = mix.offset[0] * joints * ld
+        mixed, ldp = stacked(mixes).step(), row_length(frames * joints)
+        self.steps.append({**step, "kind": CTR, "coef": shift.numpy(), "scratch": self.arena.take(_CHANNELS * len(convs) * ldp),
+                           "scratch_ld": ldp, "graph": self.arena.take(_CHANNELS * len(convs) * joints * ld),
+                           "mix_bo": mixed["bo"], "mix_ptr": mixed["row_ptr"], "mix_offset": mixed["offset"],
+                           "mix_weight": mixed["weight"], "mix_bias": torch.cat(constants).numpy(),
+                           **stacked(values).step(), "rows": channels, "bias": torch.cat(biases).numpy()})

@@ -17,10 +17,11 @@ class DGSTGCNProgram(BranchedProgram):
 
     def spatial(self, unit: nn.Module, x: Rows, target: Rows, frames: int) -> None:
         joints, ld = self.joints, self.joint_ld
-        inner, inputs, channels = unit.pre[0].out_channels, unit.pre[0].in_channels, unit.bn.num_features
+        inner, inputs = unit.pre[0].out_channels, unit.pre[0].in_channels
         products = self._rows(inner, frames * joints)
         means = self.arena.take(inputs * ld), ld
-        self.steps.append({"kind": MEANS, "src": x[0], "src_ld": x[1], "src_frames": frames, "rows": inputs, "dst": means[0], "dst_ld": ld})
+        self.steps.append({"kind": MEANS, "src": x[0], "src_ld": x[1], "src_frames": frames, "rows": inputs,
+                           "dst": means[0], "dst_ld": ld})
         x1, x2 = (self.arena.take(inner * ld) for _ in range(2))
         for part, start in ((unit.conv1, x1), (unit.conv2, x2)):
             self.pointwise(part, *unit_gain(inner), means, (start, ld), 1)
@@ -28,9 +29,10 @@ class DGSTGCNProgram(BranchedProgram):
         entries, ldp = Entries.of(unit.pre[0], gain), row_length(frames * joints)
         entries.place(x[0] + entries.input[0] * x[1])
         self.steps.append({
-            "kind": DG, "frames": frames, "subsets": unit.subsets, **entries.step(), "bias": bias_of(unit.pre[0], gain, shift).numpy(),
-            "dst": products[0], "dst_ld": products[1], "scratch": self.arena.take(_CHANNELS * ldp), "scratch_ld": ldp, "x1": x1, "x2": x2,
-            "joint_ld": ld, "maps": self.arena.take(joints * ld), "graph": self.arena.take(joints * ld), "work": self.arena.take(2 * ld),
+            "kind": DG, "frames": frames, "subsets": unit.subsets, **entries.step(),
+            "bias": bias_of(unit.pre[0], gain, shift).numpy(), "dst": products[0], "dst_ld": products[1],
+            "scratch": self.arena.take(_CHANNELS * ldp), "scratch_ld": ldp, "x1": x1, "x2": x2, "joint_ld": ld,
+            "maps": self.arena.take(joints * ld), "graph": self.arena.take(joints * ld), "work": self.arena.take(2 * ld),
             "adjacency": padded_maps(unit.A, ld).numpy(), "scale": torch.stack([unit.alpha[0], unit.beta[0]]).numpy()})
         gain, shift = fold(unit.bn)
         merged, bias = Entries.of(unit.post, gain), bias_of(unit.post, gain, shift)

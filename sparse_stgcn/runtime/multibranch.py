@@ -12,7 +12,7 @@ from ..backbones.multibranch import BranchedTemporal
 from ..layers import SparseConv2d, TemporalUnit
 from .program import CONV, SPLIT, Entries, Program, fold, row_length
 
-MEANS, CTR, DG, MAX, JOINT_MEAN, JOINT_ADD = range(16, 22)  # FusedStep::Kind
+MEANS, CTR, DG, MAX, JOINT_MEAN, JOINT_ADD, CTR_INPUTS = range(16, 23)  # FusedStep::Kind
 Rows = tuple[int, int]  # offset of the first row in the arena, floats from row to row
 
 
@@ -56,8 +56,8 @@ class BranchedProgram(Program):
             target = x, row_length(out * joints)
             channels, plane = block.residual.conv.in_channels, out * joints
             split = self._rows(channels, stride * plane)
-            self.steps.append({"kind": SPLIT, "src": x, "src_ld": ldx, "src_frames": frames, "dst": split[0], "dst_ld": split[1],
-                               "planes": stride, "plane_ld": plane, "frames": out, "rows": channels})
+            self.steps.append({"kind": SPLIT, "src": x, "src_ld": ldx, "src_frames": frames, "dst": split[0],
+                               "dst_ld": split[1], "planes": stride, "plane_ld": plane, "frames": out, "rows": channels})
         hidden = self._rows(self.width(block), frames * joints)
         kept = self.arena.size
         self.spatial(unit, split, hidden, frames)
@@ -103,8 +103,8 @@ class BranchedProgram(Program):
         wide = source
         if unit.joint_mean:
             wide = self._rows(channels, frames * joints)
-            self.steps.append({"kind": JOINT_MEAN, "src": source[0], "src_ld": source[1], "src_frames": frames, "rows": channels,
-                               "dst": wide[0], "dst_ld": wide[1]})
+            self.steps.append({"kind": JOINT_MEAN, "src": source[0], "src_ld": source[1], "src_frames": frames,
+                               "rows": channels, "dst": wide[0], "dst_ld": wide[1]})
         norms, first = [], 0
         for branch in unit.branches:
             width = (branch if isinstance(branch, SparseConv2d) else branch[0]).out_channels
@@ -127,7 +127,8 @@ class BranchedProgram(Program):
         elif residual is not None:
             gain, shift = fold(residual.bn)
             direct = Entries.of(residual.conv, gain)
-            merged, bias = merged + direct.place(shortcut[0] + direct.input[0] * shortcut[1]), bias + bias_of(residual.conv, gain, shift)
+            merged = merged + direct.place(shortcut[0] + direct.input[0] * shortcut[1])
+            bias = bias + bias_of(residual.conv, gain, shift)
         self.steps.append({**step, **merged.step(), "bias": bias.numpy()})
 
     def _branches(self, branches: nn.ModuleList, norms: list[tuple[Tensor, Tensor]], source: Rows, target: Rows, frames: int,
@@ -168,8 +169,10 @@ class BranchedProgram(Program):
                 entries = Entries.of(conv, gain)
                 tap = (entries.tap[0] - (conv.kernel_size - 1) // 2) * conv.dilation + padding
                 entries.place(hidden + entries.input[0] * ldh + at(tap))
-                self.steps.append({"kind": CONV, "dst": to[0], "dst_ld": to[1], **step, **entries.step(), "bias": bias_of(conv, gain, shift).numpy()})
+                self.steps.append({"kind": CONV, "dst": to[0], "dst_ld": to[1], **step, **entries.step(),
+                                   "bias": bias_of(conv, gain, shift).numpy()})
             else:
                 taps = hidden + at(np.arange(-1, 2) + padding)
-                self.steps.append({"kind": MAX, "dst": to[0], "dst_ld": to[1], **step, "rows": first.out_channels, "src_ld": ldh, "offset": taps.astype(np.int32),
+                self.steps.append({"kind": MAX, "dst": to[0], "dst_ld": to[1], **step, "rows": first.out_channels,
+                                   "src_ld": ldh, "offset": taps.astype(np.int32),
                                    "coef": gain.contiguous().numpy(), "bias": shift.contiguous().numpy()})
