@@ -3,16 +3,18 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .kernels import BlockPattern, _native, graph_conv, norm, temporal_conv
 from .kernels.dispatch import choose
 
-__all__ = ["SparseConv2d", "TemporalUnit", "Units", "normalise", "pointwise_unit", "run_units"]
+__all__ = ["SparseConv2d", "TemporalUnit", "Units", "joined", "normalise", "pointwise_unit", "run_units"]
 
 
 class SparseConv2d(nn.Module):
@@ -205,6 +207,44 @@ class SparseConv2d(nn.Module):
             if getattr(self, name) != usual:
                 text += f", {name}={getattr(self, name)}"
         return text if self.pattern is None else f"{text}, {self.stage}, {self.pattern}"
+
+
+def joined(convs: Sequence[SparseConv2d], x: Tensor) -> tuple[Tensor, ...]:
+    """[conv(x) for conv in convs], 1 x 1 convolutions of one stride, as one product.
+
+    x is read once, and its gradient is one sum that is written once. Compact convolutions have to agree in their block, and
+    their widths to be multiples of it; otherwise, and where a forward hook watches one of them, they run one by one.
+    """
+    if len({(conv.kernel_size, conv.stride, conv.subsets, conv.bias is None) for conv in convs}) > 1 or convs[0].kernel_size > 1:
+        raise ValueError(f"Expected 1 x 1 convolutions of one stride. Got {', '.join(map(str, convs))}.")
+    if any(conv._forward_hooks or conv._forward_pre_hooks for conv in convs):
+        return tuple(conv(x) for conv in convs)
+    widths, stages = [conv.out_channels for conv in convs], {conv.stage == "compact" for conv in convs}
+    bias = None if convs[0].bias is None else torch.cat([conv.bias for conv in convs])  # type: ignore[misc]
+    if stages == {False}:
+        return F.conv2d(x, torch.cat([conv.dense_weight() for conv in convs]), bias, (convs[0].stride, 1)).split(widths, 1)
+    pattern = _join(tuple(conv.pattern for conv in convs)) if stages == {True} else None  # type: ignore[arg-type]
+    if pattern is None:
+        return tuple(conv(x) for conv in convs)
+    values = torch.cat([conv.values for conv in convs])  # type: ignore[misc]
+    return temporal_conv(x, values, pattern, bias, convs[0].stride).split(widths, 1)
+
+
+_joins: WeakIdKeyDictionary = WeakIdKeyDictionary()  # first pattern -> the patterns joined, and their join
+
+
+def _join(patterns: tuple[BlockPattern, ...]) -> BlockPattern | None:
+    """The pattern of the weights one below the other; None if a block would span two of them."""
+    kept = _joins.get(patterns[0])
+    if kept is not None and len(kept[0]) == len(patterns) - 1 and all(a() is b for a, b in zip(kept[0], patterns[1:], strict=True)):
+        return kept[1]
+    block, (_, inputs, taps) = patterns[0].block, patterns[0].shape
+    together = None
+    if all(p.block == block and p.shape[0] % block[0] == 0 for p in patterns):
+        outputs = sum(p.shape[0] for p in patterns)
+        together = BlockPattern.from_blocks(torch.cat([p.blocks() for p in patterns]), (outputs, inputs, taps), block)
+    _joins[patterns[0]] = (tuple(map(weakref.ref, patterns[1:])), together)
+    return together
 
 
 def normalise(bns: nn.Module | Sequence[nn.Module], xs: Tensor | Sequence[Tensor], residual: Tensor | None = None,

@@ -134,7 +134,7 @@ def _channel_unit(unit: ChannelGraphUnit, x: Tensor, y: Tensor) -> Counted:
 
 
 def _channel_graph(unit: ChannelGraph, x: Tensor, y: Tensor) -> Counted:
-    batch, frames, joints = x.shape[0], x.shape[2], x.shape[3]
+    batch, frames, joints = y.shape[0], y.shape[2], y.shape[3]
     maps = batch * joints * joints
     # PYSKL embeds all frames before the mean; the hooks of conv1 and conv2 have counted one of them.
     rest = (_size(unit.conv1) + _size(unit.conv2)) * batch * joints * (frames - 1)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.dynamic import aa_aggregate
-from ..layers import SparseConv2d, TemporalUnit, normalise
+from ..layers import SparseConv2d, TemporalUnit, joined, normalise
 from ..skeleton import Skeleton
 from .base import Backbone, graph_parameter, init_fan_out, shortcut
 
@@ -59,8 +59,10 @@ class AdaptiveGraphUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = None
-        for conv_a, conv_b, conv_d, graph in zip(self.conv_a, self.conv_b, self.conv_d, self.A, strict=True):
-            part = conv_d(aa_aggregate(x, conv_a(x), conv_b(x), self.alpha, graph))
+        embedded = joined([*self.conv_a, *self.conv_b], x)
+        subsets = len(self.conv_d)
+        for a, b, conv_d, graph in zip(embedded[:subsets], embedded[subsets:], self.conv_d, self.A, strict=True):
+            part = conv_d(aa_aggregate(x, a, b, self.alpha, graph))
             y = part if y is None else y + part
         y = normalise(self.bn, y, self.down(x), relu=True)
         return self._attend(y) if self.attention else y

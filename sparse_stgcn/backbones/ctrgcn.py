@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.dynamic import ctr_aggregate
-from ..layers import SparseConv2d, normalise
+from ..layers import SparseConv2d, joined, normalise
 from ..skeleton import Skeleton
 from .base import Backbone, graph_parameter, init_fan_out, shortcut
 from .multibranch import BranchedTemporal, MixedTemporal
@@ -26,13 +26,12 @@ class ChannelGraph(nn.Module):
         self.conv3 = SparseConv2d(in_channels, out_channels)
         self.conv4 = SparseConv2d(rank, out_channels)
 
-    def forward(self, x: Tensor, mean: Tensor, alpha: Tensor, graph: Tensor) -> Tensor:
-        """x (N, I, T, V), mean (N, I, 1, V) of x over time -> (N, O, T, V)."""
+    def forward(self, x1: Tensor, x2: Tensor, x3: Tensor, alpha: Tensor, graph: Tensor) -> Tensor:
+        """conv1 and conv2 of the mean over time (N, R, 1, V), conv3 of x (N, O, T, V) -> (N, O, T, V)."""
         values, pattern = self.conv4.values, self.conv4.pattern
         weight = self.conv4.dense_weight()[:, :, 0, 0] if values is None else values
-        x1, x2, x3 = self.conv1(mean)[:, :, 0], self.conv2(mean)[:, :, 0], self.conv3(x)
         bias: Tensor = self.conv4.bias  # type: ignore[assignment]  # built with one
-        return ctr_aggregate(x1, x2, x3, weight, bias, alpha, graph, None if values is None else pattern)
+        return ctr_aggregate(x1[:, :, 0], x2[:, :, 0], x3, weight, bias, alpha, graph, None if values is None else pattern)
 
 
 class ChannelGraphUnit(nn.Module):
@@ -52,9 +51,10 @@ class ChannelGraphUnit(nn.Module):
         nn.init.constant_(self.bn.weight, 1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        mean, y = x.mean(2, keepdim=True), None
-        for conv, graph in zip(self.convs, self.A, strict=True):
-            part = conv(x, mean, self.alpha, graph)
+        embedded = joined([c for conv in self.convs for c in (conv.conv1, conv.conv2)], x.mean(2, keepdim=True))
+        wide, y = joined([conv.conv3 for conv in self.convs], x), None
+        for conv, x1, x2, x3, graph in zip(self.convs, embedded[::2], embedded[1::2], wide, self.A, strict=True):
+            part = conv(x1, x2, x3, self.alpha, graph)
             y = part if y is None else y + part
         return normalise(self.bn, y, self.down(x), relu=True)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..layers import SparseConv2d, TemporalUnit, Units, normalise, pointwise_unit, run_units
+from ..layers import SparseConv2d, TemporalUnit, Units, joined, normalise, pointwise_unit, run_units
 
 __all__ = ["BranchedTemporal", "MixedTemporal"]
 
@@ -32,12 +32,29 @@ def _branch(spec: BranchSpec, in_channels: int, width: int, stride: int, norm: b
     return branch.append(TemporalUnit(width, width, kernel, stride, dilation, norm=norm))
 
 
-def _before_norm(branch: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, nn.Module]:
-    """What the batch norm at the end of a branch takes, and that norm."""
-    *begin, last = branch
-    if isinstance(last, TemporalUnit):
-        return last.conv(run_units(begin, x)), last.bn
-    return run_units(begin, x), last
+def _run_branches(branches: nn.ModuleList, x: Tensor) -> tuple[list[Tensor], list[nn.Module]]:
+    """What the batch norms at the ends of the branches take, and these norms (Identity where a branch has none).
+
+    All branches but the last begin with a 1 x 1 convolution of stride 1, norm and ReLU: these run as one each.
+    """
+    *wide, single = branches
+    convs, norms = [branch[0] for branch in wide], [branch[1] for branch in wide]
+    alike = single[0] if isinstance(single, nn.Sequential) else single
+    if alike.stride == 1:
+        *narrow, last = joined([*convs, alike], x)
+    else:
+        narrow, last = list(joined(convs, x)), alike(x)
+    hidden = normalise(norms, narrow, relu=True).split([conv.out_channels for conv in convs], 1)
+    outputs, ends = [], []
+    for branch, y in zip(wide, hidden, strict=True):
+        rest = list(branch)[3:]
+        end = rest.pop() if isinstance(rest[-1], nn.BatchNorm2d) else nn.Identity()
+        if isinstance(rest[-1], TemporalUnit):
+            unit = rest.pop()
+            rest, end = [*rest, unit.conv], unit.bn
+        outputs.append(run_units(rest, y))
+        ends.append(end)
+    return [*outputs, last], [*ends, single[1] if isinstance(single, nn.Sequential) else nn.Identity()]
 
 
 class BranchedTemporal(nn.Module):
@@ -57,7 +74,7 @@ class BranchedTemporal(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """relu(unit(x) + residual)."""
-        xs, norms = zip(*(_before_norm(branch, x) for branch in self.branches), strict=True)
+        xs, norms = _run_branches(self.branches, x)
         return normalise(norms, xs, residual, relu, relu_before=True)
 
 
@@ -90,7 +107,7 @@ class MixedTemporal(nn.Module):
         joints = x.shape[3]
         if self.joint_mean:
             x = torch.cat([x, x.mean(3, keepdim=True)], 3)
-        y = torch.cat([branch(x) for branch in self.branches], 1)
+        y = torch.cat(_run_branches(self.branches, x)[0], 1)
         if self.joint_mean:
             y = y[..., :joints] + y[..., joints:] * self.add_coeff[:joints]
         return normalise(self.bn, self.transform(y), residual, relu)

@@ -20,6 +20,7 @@ from ..scores import accuracy
 from ..sparsity import masked, summary
 from .checkpoint import load_state, save_state
 from .generator import TwoStage
+from .memory import keep_freed_memory
 from .report import Report, describe_epoch
 
 __all__ = ["Trainer", "cosine"]
@@ -60,8 +61,8 @@ class Trainer:
         self.method = TwoStage(model, self.warmup_epochs, config.lasso, config.lasso_schedule,
                                config.lasso_group)
         self.optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate,
-                                         momentum=config.momentum,
-                                         nesterov=True, weight_decay=config.weight_decay)
+                                         momentum=config.momentum, nesterov=True,
+                                         weight_decay=config.weight_decay, fused=True)
         self.loader = DataLoader(train_set, batch_size=self.batch_size, sampler=_EpochOrder(train_set),
                                  num_workers=self.workers, pin_memory=self.device.type == "cuda")
         self.report = report or Report(self.epochs)
@@ -87,6 +88,7 @@ class Trainer:
         Raises:
             TrainingError: the loss is not finite; the state on disk is that of the last whole epoch.
         """
+        keep_freed_memory()
         with self.report:
             while self.epoch < self.epochs:
                 if self.method.begin_epoch(self.epoch, self.optimizer):

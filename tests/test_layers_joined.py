@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparse_stgcn.kernels import BlockPattern
+from sparse_stgcn.layers import SparseConv2d, joined
+from tests.kernel_cases import normal, random_pattern, strided
+
+
+def convolutions(widths, block, stage, stride=1, bias=True):
+    convs = [SparseConv2d(12, width, stride=stride, bias=bias) for width in widths]
+    for seed, conv in enumerate(convs):
+        conv.double()
+        if stage == "dense":
+            continue
+        conv.attach(random_pattern(conv.shape_oik, block, 0.4, seed=seed))
+        if stage == "compact":
+            conv.compact()
+    return convs
+
+
+def run(op, convs, x, dys):
+    x = x.detach().requires_grad_()
+    ys = op(x)
+    parameters = [p for conv in convs for p in conv.parameters()]
+    return [*(y.detach() for y in ys), *torch.autograd.grad(ys, [x, *parameters], dys)]
+
+
+@pytest.mark.parametrize("stage", ["dense", "warmup", "compact"])
+@pytest.mark.parametrize(("widths", "block"), [((16, 8, 24), (8, 1)), ((16, 14, 10), (8, 1)), ((16, 8), (4, 4)), ((8,), (1, 1))],
+                         ids=str)
+@pytest.mark.parametrize(("stride", "bias"), [(1, True), (2, False)])
+def test_equals_one_by_one(stage, widths, block, stride, bias):
+    torch.manual_seed(0)
+    convs = convolutions(widths, block, stage, stride, bias)
+    x = strided(normal(2, 12, 9, 25, seed=1, dtype=torch.float64), "channels_last")
+    dys = [normal(2, width, -(-9 // stride), 25, seed=2 + width, dtype=torch.float64) for width in widths]
+    together, alone = (run(op, convs, x, dys) for op in (lambda x: joined(convs, x), lambda x: [conv(x) for conv in convs]))
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_follows_a_change_of_pattern_and_stage():
+    convs = convolutions((16, 8), (8, 1), "compact")
+    x = normal(2, 12, 5, 25, seed=1, dtype=torch.float64)
+    joined(convs, x)
+    convs[1].densify()
+    torch.testing.assert_close(torch.cat(joined(convs, x), 1), torch.cat([conv(x) for conv in convs], 1))
+    convs[1].attach(BlockPattern.full((8, 12, 1), (8, 1)))
+    convs[1].compact()
+    torch.testing.assert_close(torch.cat(joined(convs, x), 1), torch.cat([conv(x) for conv in convs], 1))
+
+
+def test_hooks_see_their_convolution():
+    convs, seen = convolutions((16, 8), (8, 1), "compact"), []
+    convs[1].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    joined(convs, normal(2, 12, 5, 25, seed=1, dtype=torch.float64))
+    assert seen == [(2, 8, 5, 25)]
+
+
+def test_other_convolutions_are_refused():
+    with pytest.raises(ValueError, match="1 x 1 convolutions of one stride"):
+        joined([SparseConv2d(4, 8), SparseConv2d(4, 8, stride=2)], torch.zeros(1, 4, 3, 5))
