@@ -63,8 +63,8 @@ def test_bfloat16_is_summed_in_float32(case, block):
     shape, T, V, share = CASES[case]
     O, I, K = shape
     p, A = random_pattern(shape, block, 0.3), graph(K, V, share).bfloat16()
-    x, values, bias, dy = (t.bfloat16() for t in (normal(2, I, T, V, seed=1), p.gather(normal(*shape, seed=3)), normal(K, O, seed=2),
-                                                  normal(2, O, T, V, seed=4)))
+    x, values, bias, dy = (t.bfloat16() for t in (normal(2, I, T, V, seed=1), p.gather(normal(*shape, seed=3)),
+                                                  normal(K, O, seed=2), normal(2, O, T, V, seed=4)))
     got = run(graph_conv, strided(x, "slice"), values, p, A, bias, strided(dy, "channels_last"), support=A != 0)
     double = [t.double() for t in (x, values, A, bias, dy)]
     exact = run(reference.graph_conv, *double[:2], p, *double[2:])

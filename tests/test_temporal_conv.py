@@ -246,7 +246,8 @@ def test_bfloat16_is_summed_in_float32(case, block):
     shape, T, V, stride, dilation = CASES[case]
     p = random_pattern(shape, block, 0.3)
     x, bias, values, dy = (t.bfloat16() for t in (normal(2, shape[1], T, V, seed=1), normal(shape[0], seed=2),
-                                                  p.gather(normal(*shape, seed=3)), normal(2, shape[0], -(-T // stride), V, seed=4)))
+                                                  p.gather(normal(*shape, seed=3)),
+                                                  normal(2, shape[0], -(-T // stride), V, seed=4)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         got = run(temporal_conv, strided(x, "slice"), values, p, bias, stride, dilation, strided(dy, "channels_last"))

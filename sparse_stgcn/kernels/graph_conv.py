@@ -63,7 +63,7 @@ def graph_conv(x: Tensor, values: Tensor, pattern: BlockPattern, adjacency: Tens
     Y[n,o,t,w] = sum over k, v of A_k[v,w] (b_k[o] + sum over live (o,i,k) of W[o,i,k] X[n,i,t,v])
 
     Args:
-        x: (N, I, T, V), any strides. In bfloat16 all sums are float32: results are rounded once.
+        x: (N, I, T, V), any strides. bfloat16 is summed in float32 and rounded once.
         values: (blocks, bi, bo), the live weights; see BlockPattern.gather.
         pattern: of shape (O, I, K): the subsets take the place of the taps.
         adjacency: shared (K, V, V), per sample (N, K, V, V) or per channel (N, K, O, V, V).

@@ -20,7 +20,7 @@ def temporal_conv(x: Tensor, values: Tensor, pattern: BlockPattern, bias: Tensor
     Y[n,o,t,v] = b[o] + sum over live (o,i,k) of W[o,i,k] X[n, i, t*stride + (k - (K-1)/2)*dilation, v]
 
     Args:
-        x: (N, I, T, V), any strides; frames outside of it count as 0. In bfloat16 all sums are float32: results are rounded once.
+        x: (N, I, T, V), any strides; frames outside of it count as 0. bfloat16 is summed in float32 and rounded once.
         values: (blocks, bi, bo), the live weights; see BlockPattern.gather.
         pattern: of shape (O, I, K), K odd.
         bias: (O,) or None.
