@@ -5,6 +5,7 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -215,7 +216,8 @@ def joined(convs: Sequence[SparseConv2d], x: Tensor) -> tuple[Tensor, ...]:
     x is read once, and its gradient is one sum that is written once. Compact convolutions have to agree in their block, and
     their widths to be multiples of it; otherwise, and where a forward hook watches one of them, they run one by one.
     """
-    if len({(conv.kernel_size, conv.stride, conv.subsets, conv.bias is None) for conv in convs}) > 1 or convs[0].kernel_size > 1:
+    kinds = {(conv.kernel_size, conv.stride, conv.subsets, conv.bias is None) for conv in convs}
+    if len(kinds) > 1 or convs[0].kernel_size > 1:
         raise ValueError(f"Expected 1 x 1 convolutions of one stride. Got {', '.join(map(str, convs))}.")
     if any(conv._forward_hooks or conv._forward_pre_hooks for conv in convs):
         return tuple(conv(x) for conv in convs)
@@ -223,7 +225,8 @@ def joined(convs: Sequence[SparseConv2d], x: Tensor) -> tuple[Tensor, ...]:
     bias = None if convs[0].bias is None else torch.cat([conv.bias for conv in convs])  # type: ignore[misc]
     if stages == {False}:
         return F.conv2d(x, torch.cat([conv.dense_weight() for conv in convs]), bias, (convs[0].stride, 1)).split(widths, 1)
-    pattern = _join(tuple(conv.pattern for conv in convs)) if stages == {True} else None  # type: ignore[arg-type]
+    patterns = tuple(conv.pattern for conv in convs if conv.pattern is not None)
+    pattern = _join(patterns) if stages == {True} else None
     if pattern is None:
         return tuple(conv(x) for conv in convs)
     values = torch.cat([conv.values for conv in convs])  # type: ignore[misc]
@@ -233,10 +236,14 @@ def joined(convs: Sequence[SparseConv2d], x: Tensor) -> tuple[Tensor, ...]:
 _joins: WeakIdKeyDictionary = WeakIdKeyDictionary()  # first pattern -> the patterns joined, and their join
 
 
+def _is(reference: weakref.ref[BlockPattern], pattern: BlockPattern) -> bool:
+    return reference() is pattern
+
+
 def _join(patterns: tuple[BlockPattern, ...]) -> BlockPattern | None:
     """The pattern of the weights one below the other; None if a block would span two of them."""
     kept = _joins.get(patterns[0])
-    if kept is not None and len(kept[0]) == len(patterns) - 1 and all(a() is b for a, b in zip(kept[0], patterns[1:], strict=True)):
+    if kept is not None and len(kept[0]) == len(patterns) - 1 and all(map(_is, kept[0], patterns[1:])):
         return kept[1]
     block, (_, inputs, taps) = patterns[0].block, patterns[0].shape
     together = None
@@ -259,7 +266,7 @@ def normalise(bns: nn.Module | Sequence[nn.Module], xs: Tensor | Sequence[Tensor
     norms = [bns] if isinstance(bns, nn.Module) else list(bns)
     tensors = [xs] if isinstance(xs, Tensor) else list(xs)
     if all(_fuses(bn, x) for bn, x in zip(norms, tensors, strict=True)) and len({bn.eps for bn in norms}) == 1:
-        return _fused(norms, tensors, residual, relu, relu_before)
+        return _fused(norms, tensors, residual, relu, relu_before)  # type: ignore[arg-type]
     parts = [bn(x) for bn, x in zip(norms, tensors, strict=True)]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     y = F.relu(y) if relu_before else y
@@ -281,15 +288,16 @@ def _fuses(bn: nn.Module, x: Tensor) -> bool:
 def _fused(norms: list[nn.BatchNorm2d], xs: list[Tensor], residual: Tensor | None, relu: bool,
            relu_before: bool) -> Tensor:
     join = lambda tensors: tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-    y, mean, variance = norm(xs, join([bn.weight for bn in norms]), join([bn.bias for bn in norms]), norms[0].eps, residual, relu,
-                             relu_before)
+    weight, bias = join([bn.weight for bn in norms]), join([bn.bias for bn in norms])
+    y, mean, variance = norm(xs, weight, bias, norms[0].eps, residual, relu, relu_before)
     widths = [bn.num_features for bn in norms]
     with torch.no_grad():
         for bn, batch_mean, batch_variance in zip(norms, mean.split(widths), variance.split(widths), strict=True):
             if bn.running_mean is None:
                 continue
-            bn.num_batches_tracked.add_(1)
-            momentum = 1 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
+            bn.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # it comes with running_mean
+            batches: Any = bn.num_batches_tracked
+            momentum = 1 / int(batches) if bn.momentum is None else bn.momentum
             bn.running_mean.lerp_(batch_mean, momentum)
             bn.running_var.lerp_(batch_variance, momentum)
     return y

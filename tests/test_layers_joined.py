@@ -28,8 +28,8 @@ def run(op, convs, x, dys):
 
 
 @pytest.mark.parametrize("stage", ["dense", "warmup", "compact"])
-@pytest.mark.parametrize(("widths", "block"), [((16, 8, 24), (8, 1)), ((16, 14, 10), (8, 1)), ((16, 8), (4, 4)), ((8,), (1, 1))],
-                         ids=str)
+@pytest.mark.parametrize(("widths", "block"), [((16, 8, 24), (8, 1)), ((16, 14, 10), (8, 1)), ((16, 8), (4, 4)),
+                                               ((8,), (1, 1))], ids=str)
 @pytest.mark.parametrize(("stride", "bias"), [(1, True), (2, False)])
 def test_equals_one_by_one(stage, widths, block, stride, bias):
     torch.manual_seed(0)

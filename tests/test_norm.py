@@ -30,7 +30,8 @@ FORMS = {"plain": (False, False, False), "relu": (False, True, False), "residual
 
 def arguments(case, dtype=torch.float64, offset=0.0, kind="contiguous"):
     batch, widths, frames, joints = CASES[case]
-    xs = [strided(normal(batch, width, frames, joints, seed=i, dtype=dtype) * 2 + offset, kind) for i, width in enumerate(widths)]
+    xs = [strided(normal(batch, width, frames, joints, seed=i, dtype=dtype) * 2 + offset, kind)
+          for i, width in enumerate(widths)]
     channels = sum(widths)
     residual = strided(normal(batch, channels, frames, joints, seed=11, dtype=dtype), kind)
     dy = strided(normal(batch, channels, frames, joints, seed=12, dtype=dtype), kind)

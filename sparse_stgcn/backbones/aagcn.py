@@ -64,7 +64,7 @@ class AdaptiveGraphUnit(nn.Module):
         for a, b, conv_d, graph in zip(embedded[:subsets], embedded[subsets:], self.conv_d, self.A, strict=True):
             part = conv_d(aa_aggregate(x, a, b, self.alpha, graph))
             y = part if y is None else y + part
-        y = normalise(self.bn, y, self.down(x), relu=True)
+        y = normalise(self.bn, y, self.down(x), relu=True)  # type: ignore[arg-type]  # there is a subset
         return self._attend(y) if self.attention else y
 
     def _attend(self, y: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """CTR-GCN (Chen et al. 2021), as in PYSKL."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -51,12 +53,13 @@ class ChannelGraphUnit(nn.Module):
         nn.init.constant_(self.bn.weight, 1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        embedded = joined([c for conv in self.convs for c in (conv.conv1, conv.conv2)], x.mean(2, keepdim=True))
-        wide, y = joined([conv.conv3 for conv in self.convs], x), None
-        for conv, x1, x2, x3, graph in zip(self.convs, embedded[::2], embedded[1::2], wide, self.A, strict=True):
+        convs: Any = self.convs
+        embedded = joined([c for conv in convs for c in (conv.conv1, conv.conv2)], x.mean(2, keepdim=True))
+        wide, y = joined([conv.conv3 for conv in convs], x), None
+        for conv, x1, x2, x3, graph in zip(convs, embedded[::2], embedded[1::2], wide, self.A, strict=True):
             part = conv(x1, x2, x3, self.alpha, graph)
             y = part if y is None else y + part
-        return normalise(self.bn, y, self.down(x), relu=True)
+        return normalise(self.bn, y, self.down(x), relu=True)  # type: ignore[arg-type]  # there is a subset
 
 
 class CTRGCN(Backbone):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +33,14 @@ def _branch(spec: BranchSpec, in_channels: int, width: int, stride: int, norm: b
     return branch.append(TemporalUnit(width, width, kernel, stride, dilation, norm=norm))
 
 
-def _run_branches(branches: nn.ModuleList, x: Tensor) -> tuple[list[Tensor], list[nn.Module]]:
+def _run_branches(branches: Any, x: Tensor) -> tuple[list[Tensor], list[nn.Module]]:
     """What the batch norms at the ends of the branches take, and these norms (Identity where a branch has none).
 
     All branches but the last begin with a 1 x 1 convolution of stride 1, norm and ReLU: these run as one each.
     """
     *wide, single = branches
     convs, norms = [branch[0] for branch in wide], [branch[1] for branch in wide]
-    alike = single[0] if isinstance(single, nn.Sequential) else single
+    alike: Any = single[0] if isinstance(single, nn.Sequential) else single
     if alike.stride == 1:
         *narrow, last = joined([*convs, alike], x)
     else:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -82,8 +83,8 @@ class _Norm(torch.autograd.Function):
 
 LIBRARY.define("norm(Tensor[] xs, Tensor weight, Tensor bias, Tensor? residual, float eps, bool relu_before, bool relu) "
                "-> (Tensor, Tensor, Tensor, Tensor)")
-LIBRARY.define("norm_backward(Tensor dy, Tensor[] xs, Tensor? y, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, bool open) "
-               "-> Tensor[]")
+LIBRARY.define("norm_backward(Tensor dy, Tensor[] xs, Tensor? y, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, "
+               "bool open) -> Tensor[]")
 
 
 def _one_run(x: Tensor) -> Tensor:
@@ -102,13 +103,14 @@ def _channels(xs: Sequence[Tensor]) -> list[tuple[int, int]]:
     ends = [0]
     for x in xs:
         ends.append(ends[-1] + x.shape[1])
-    return list(zip(ends, ends[1:], strict=False))
+    return list(pairwise(ends))
 
 
 def _fake_forward(xs: list[Tensor], weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float,
                   relu_before: bool, relu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = xs[0]
-    return (x.new_empty((x.shape[0], weight.shape[0], x.shape[2], x.shape[3])), *(x.new_empty(weight.shape) for _ in range(3)))
+    mean, rstd, variance = (x.new_empty(weight.shape) for _ in range(3))
+    return x.new_empty((x.shape[0], weight.shape[0], x.shape[2], x.shape[3])), mean, rstd, variance
 
 
 @implement("norm", _fake_forward)
