@@ -56,7 +56,7 @@ class CTRGCNProgram(BranchedProgram):
         x1, x2 = (self.arena.take(len(convs) * rank * ld) for _ in range(2))
         for number, conv in enumerate(convs):
             for part, start in ((conv.conv1, x1), (conv.conv2, x2)):
-                self.pointwise(part, *unit_gain(rank), means, (start + number * rank * ld, ld), 1)
+                self.pointwise(part, *unit_gain(rank), means, (start + number * rank * ld, ld), 1, joints=ld)
 
         none = torch.zeros(channels)
         values, mixes = [Entries.of(conv.conv3, gain) for conv in convs], [Entries.of(conv.conv4, alpha) for conv in convs]

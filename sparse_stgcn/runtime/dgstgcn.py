@@ -24,7 +24,7 @@ class DGSTGCNProgram(BranchedProgram):
                            "dst": means[0], "dst_ld": ld})
         x1, x2 = (self.arena.take(inner * ld) for _ in range(2))
         for part, start in ((unit.conv1, x1), (unit.conv2, x2)):
-            self.pointwise(part, *unit_gain(inner), means, (start, ld), 1)
+            self.pointwise(part, *unit_gain(inner), means, (start, ld), 1, joints=ld)
         gain, shift = fold(unit.pre[1])
         entries, ldp = Entries.of(unit.pre[0], gain), row_length(frames * joints)
         entries.place(x[0] + entries.input[0] * x[1])
