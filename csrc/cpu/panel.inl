@@ -60,7 +60,7 @@ INLINE int64_t tile_frames(int64_t T, int64_t rows, int64_t V, int64_t size, int
 }
 
 // How sums over tiles are cut, whatever the number of threads: at least `tasks` pieces, which balance over `threads`.
-constexpr int64_t fixed_threads = 2, fixed_tasks = 4;
+constexpr int64_t fixed_threads = 2, fixed_tasks = 2;
 
 // A weight gradient is summed in at most this many partial sums over fixed ranges of (sample, tile), which are then
 // added in order: bit-equal between runs and numbers of threads.

@@ -5,6 +5,7 @@
 // sweep it. dX scatters with the same offsets; frames in the halo are computed twice, so that tiles share nothing.
 // Blocks of few outputs take the columns of temporal_columns.inl instead.
 
+// dX gathers over columns everywhere; the forward gains only where a column is packed with masked loads; dW does not gain.
 INLINE bool by_columns(const Pattern& p) { return p.bo < 4 && p.K > 1; }
 
 struct TemporalPlan {
@@ -52,7 +53,7 @@ void pack_panel(const TemporalPlan& plan, const TemporalShape& s, const Pattern&
 template <class S>
 void temporal_forward(const TemporalShape& s, const Pattern& p, View<const S> x, const S* values, const S* bias, S* y,
                       int threads) {
-  if (by_columns(p)) return column_forward(s, p, x, values, bias, y, threads);
+  if (VECTOR_BYTES == 64 && by_columns(p)) return column_forward(s, p, x, values, bias, y, threads);
   const auto plan = TemporalPlan::make<S>(s, p, threads, threads);
   call_scratch.reserve(Scratch::room<int32_t>(p.blocks * p.bi));
   int32_t* offset = call_scratch.take<int32_t>(p.blocks * p.bi);
@@ -111,7 +112,6 @@ void temporal_dx(const TemporalShape& s, const Pattern& p, View<const S> dy, con
 template <class S>
 void temporal_dw(const TemporalShape& s, const Pattern& p, View<const S> x, View<const S> dy, const Lasso<S>& lasso, S* dw,
                  S* dbias, int threads) {
-  if (by_columns(p)) return column_dw(s, p, x, dy, lasso, dw, dbias, threads);
   const auto plan = TemporalPlan::make<S>(s, p, fixed_threads, fixed_tasks);
   const int64_t entries = p.blocks * p.bi, size = entries * p.bo, tasks = s.N * plan.tiles;
   const int64_t chunks = min64(max_chunks, max64(tasks, 1)), ldy = row_length<S>(plan.frames * s.V);

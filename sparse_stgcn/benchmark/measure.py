@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 REST = 0.02  # seconds before every timing: other engines' threads spin that long for more work, on the core of the next one
 
 
