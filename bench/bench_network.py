@@ -1,6 +1,6 @@
 """Inference through ``optimize`` of every backbone, sparse against dense. 2 samples x 2 persons, T = 64, V = 25, 60 classes.
 
-`python -m sparse_stgcn.bench --backbone NAME` measures larger batches, paired, against the other dense engines too.
+`python -m sparse_stgcn.bench --backbones NAME` measures larger batches, paired, against the other dense engines too.
 """
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_networks_small(backbone):
     try:
         patterns = [Pattern(0.0), Pattern(0.95), Pattern(0.95, density="erk")]
         rows = inference(setting, patterns, rounds=1, compile=False)
-        steps = training(setting, patterns[1:2], rounds=1, compile=False)
+        steps = training(setting, patterns[1:2], rounds=1, compile=False, memory=False)
         dense = warmup(setting, patterns[1], rounds=1, compile=False)
     finally:
         torch.set_num_threads(before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from ..recognizer import Recognizer
 from ..runtime import optimize
 from ..training.generator import TwoStage
 from .measure import Candidate
+from .memory import StepMemory, peak_memory
 from .peers import candidate, dense_engines
 from .suite import Entrant, compare
 from .table import Row
@@ -84,22 +86,32 @@ def inference(setting: Setting, patterns: list[Pattern], rounds: int, compile: b
     return compare("inference", setting.backbone, setting.batch, setting.threads, entrants, rounds, TOLERANCE)
 
 
-def training(setting: Setting, patterns: list[Pattern], rounds: int, compile: bool = True) -> list[Row]:
+def training(setting: Setting, patterns: list[Pattern], rounds: int, compile: bool = True, memory: bool = True) -> list[Row]:
     """Forward, backward and SGD with momentum in train mode after ``compact``, against torch's dense step.
 
     Checked by the gradient of the classifier against float64; the multiply-adds of a step are three times those of inference.
+    With ``memory`` the peak of a step is measured too, each in a process of its own: of torch eager, and of ours at uniform
+    density.
     """
+    def peak(pattern: Pattern | None) -> Callable[[], int] | None:
+        if not memory or (pattern and pattern.density != "uniform"):
+            return None
+        level, block = (pattern.sparsity, sparsity.parse_block(pattern.block)) if pattern else (0.0, (8, 1))
+        return partial(peak_memory, StepMemory(setting.backbone, level, block, pattern is None, False, setting.batch,
+                                               setting.persons, setting.frames, setting.classes, setting.threads))
+
     x, dense = setting.example(), setting.network()
     label = torch.arange(setting.batch) % setting.classes
     work, traffic = _work(dense, setting)
     want = _double_step(dense, x, label)
-    entrants = [Entrant(engine, lambda: want, 3 * work[0], 3 * traffic) for engine in _torch_steps(dense, x, label, compile)]
+    entrants = [Entrant(engine, lambda: want, 3 * work[0], 3 * traffic, memory=peak(None) if engine.name == "torch" else None)
+                for engine in _torch_steps(dense, x, label, compile)]
     for pattern in _unique(patterns):
         model = sparse_network(dense, pattern)
         kept = _work(model, setting)[0][1]
         untouched = copy.deepcopy(model)  # the timed one is trained
         entrants.append(Entrant(candidate(pattern.label, _step(model, x, label)), _later(_double_step, untouched, x, label),
-                                3 * kept, 3 * traffic, pattern.sparsity, pattern.block, pattern.density))
+                                3 * kept, 3 * traffic, pattern.sparsity, pattern.block, pattern.density, peak(pattern)))
     return compare("training step", setting.backbone, setting.batch, setting.threads, entrants, rounds, TOLERANCE)
 
 

@@ -77,8 +77,11 @@ class BranchedProgram(Program):
 
     def pointwise(self, conv: SparseConv2d, gain: Tensor, shift: Tensor, source: Rows, target: Rows, frames: int,
                   **more: Any) -> None:
-        """Append a 1 x 1 convolution over consecutive frames. Rows of joints are one frame of ``joints=joint_ld``: the maps read
-        what lies past the last joint, and it must not be left over from another person."""
+        """Append a 1 x 1 convolution over consecutive frames.
+
+        Rows of joints are one frame of ``joints=joint_ld``: what lies past the last joint is read by the maps, and must not
+        be left over from another person.
+        """
         entries = Entries.of(conv, gain)
         entries.place(source[0] + entries.input[0] * source[1])
         self.steps.append({"kind": CONV, "dst": target[0], "dst_ld": target[1], "frames": frames, **entries.step(),
