@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from sparse_stgcn.bench import Row, markdown
+from sparse_stgcn.benchmark.table import Row, pivot
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["bench_temporal_conv", "bench_stgcn"])
+@pytest.mark.parametrize("name", ["bench_networks", "bench_training", "bench_ops"])
 def test_tables_are_those_of_the_results(name):
     marked = re.search(rf"<!-- {name}: .*? -->\n(.*?)<!-- /{name} -->", README, re.DOTALL)
     assert marked, f"README has no table marked {name}"
     result = json.loads((ROOT / "results" / f"{name}.json").read_text())
-    assert marked[1].strip() == markdown([Row(**row) for row in result["rows"]])
+    assert marked[1].strip() == pivot([Row(**row) for row in result["rows"]])
     assert all(row["error"] < 1e-3 for row in result["rows"])
 
 
