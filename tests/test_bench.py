@@ -39,6 +39,7 @@ def series(*pairs):
 
 @pytest.mark.parametrize("rows, expected", [
     (series((0.0, 1.2), (0.95, 16.0)), 0.0),  # faster without a zero
+    (series((0.8, 1.2), (0.95, 16.0)), 0.8),  # the lowest level is all that can be said
     (series((0.0, 0.5), (0.9, 0.8)), None),  # never
     (series((0.0, 0.5), (0.5, 1.0), (0.9, 5.0)), 0.5),  # exactly at a level
     (series((0.8, 2.0), (0.0, 0.5)), 0.8 * (2 - 1) / (2 - 0.5)),  # between levels, in any order

@@ -59,7 +59,7 @@ class Row:
 def break_even(rows: Sequence[Row]) -> float | None:
     """The sparsity from which one series (levels of one pattern, one setting) is faster than the best dense engine.
 
-    Linear between the measured levels; 0 if already the lowest level is faster, None if no level is.
+    Linear between the measured levels; the lowest level if that is faster already, None if no level is.
     """
     times = sorted((row.sparsity, 1 / row.speedup) for row in rows if row.sparsity is not None)  # 1: the best dense engine's
     if not times or all(time > 1 for _, time in times):
@@ -98,9 +98,10 @@ def pivot(rows: Sequence[Row]) -> str:
             series = {**dense, **{r.sparsity: r for r in here if (r.block, r.density) == (block, rule)}}
             cells = [f"{series[level].speedup:.2f}x ({1e3 * series[level].seconds:.3g} ms)" if series.get(level) else ""
                      for level in levels]
-            even = break_even([r for r in series.values() if r])
+            even, lowest = break_even([r for r in series.values() if r]), min(level for level in levels if series.get(level))
+            form = "<= {:.2f}" if even == lowest > 0 else "{:.2f}"  # nothing below it was measured
             lines.append(f"| {setting[1]} {setting[0]} | {block} {rule} | {setting[2]} x {setting[3]} | {best.name} "
-                         f"{1e3 * best.seconds:.4g} ms | " + " | ".join(cells) + f" | {_cell(even, '{:.2f}', 'never')} |")
+                         f"{1e3 * best.seconds:.4g} ms | " + " | ".join(cells) + f" | {_cell(even, form, 'never')} |")
     return "\n".join(lines)
 
 
