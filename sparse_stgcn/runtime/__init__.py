@@ -21,14 +21,14 @@ def optimize(model: Recognizer | Ensemble, example: Tensor | None = None, engine
     Batch norm is folded into the live weights; graph and temporal convolutions run with bias, residual and ReLU at the store,
     one person per task, or one person on all threads where there are fewer persons than threads; persons that are entirely
     zero cost a copy. Weights are packed once per clip length (at the first call, or here with ``example``); later calls
-    allocate their output only. Exact up to float32 rounding, and bit-equal whatever the batch and the threads.
+    allocate pooled features and logits only. Exact up to float32 rounding, and bit-equal whatever the batch and the threads.
 
     Of an Ensemble all members run as one call, which looks for absent persons once and spreads the persons of all members
     over the threads; the result is its probabilities.
 
-    No level is slower than the dense network: above a density of 0.5 the first call for a clip length times the program and
-    torch's dense network, batch norms folded, and keeps the faster one; ``optimize(model).choice`` says which. ``engine``
-    "fused", "torch" or "torch channels_last" decides without measuring.
+    Above a density of 0.5 the first call for a clip length times the program and torch's dense network, batch norms folded
+    where they follow a convolution, on that batch, and keeps the faster one; ``optimize(model).choice`` says which. At lower
+    densities nothing is measured. ``engine`` "fused", "torch" or "torch channels_last" decides without measuring.
 
     Networks without a fused program, other devices and other dtypes run as they are, in eval mode.
 

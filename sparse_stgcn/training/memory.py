@@ -12,8 +12,8 @@ def keep_freed_memory(limit: int = 2**31 - 1) -> bool:
     """Let glibc's malloc keep up to ``limit`` freed bytes instead of returning them after every layer.
 
     Activations of 10 MB are otherwise unmapped and mapped again many times in a step, and each of their pages is a fault and
-    a page of zeros to write: up to 110 thousand faults in a step of an ST-GCN. For the whole process; peak memory does not
-    grow by it. True if the C library has the setting, which glibc alone does.
+    a page of zeros to write: up to 110 thousand faults in a step of an ST-GCN. For the whole process. True if the C library
+    has the setting, which glibc alone does.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
