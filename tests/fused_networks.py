@@ -89,5 +89,4 @@ def assert_bit_equal_over_calls_threads_and_batches(fused, x):
     fused(x[:1, :, :13])
     again = fused(x)
     assert torch.equal(again, results[0])
-    head = fused.model.cls_head.fc_cls  # the classifier's sums may depend on the batch, the features do not
-    assert torch.allclose(fused(x[:1]), again[:1], rtol=0, atol=1e-6 * head.weight.abs().sum(1).max().item())
+    assert torch.equal(fused(x[:1]), again[:1])

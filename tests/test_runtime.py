@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from fused_networks import assert_bit_equal_over_calls_threads_and_batches
 
 import sparse_stgcn
 from sparse_stgcn import runtime
@@ -98,18 +99,7 @@ def test_an_exact_zero_among_the_live_weights_is_a_weight():
 
 
 def test_bit_equal_over_calls_threads_and_batches():
-    fused, x, before = runtime.optimize(network(0.9)), keypoint(5, 40), torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 1):
-            torch.set_num_threads(threads)
-            results.append(fused(x))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(results[0], other) for other in results[1:])
-    fused(torch.full_like(x, float("nan")))  # stale values of another clip must not be seen
-    fused(keypoint(1, 23))
-    assert torch.equal(fused(x), results[0])
+    assert_bit_equal_over_calls_threads_and_batches(runtime.optimize(network(0.9)), keypoint(5, 40))
 
 
 def test_the_model_itself_is_left_alone():

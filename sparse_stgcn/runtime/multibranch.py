@@ -1,6 +1,7 @@
 """Blocks with multi-branch temporal units: branch by branch through one small hidden buffer, residual and ReLU at the store."""
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import numpy as np
@@ -38,9 +39,9 @@ class BranchedProgram(Program):
         """Floats of a row of joints, whole vectors of every instruction set."""
         return -(-self.joints // 16) * 16
 
+    @abstractmethod
     def spatial(self, unit: nn.Module, x: Rows, target: Rows, frames: int) -> None:
         """Append the steps of a spatial unit, from ``x`` to ``target``."""
-        raise NotImplementedError
 
     def width(self, block: Block) -> int:
         return getattr(block, block.names[0]).bn.num_features

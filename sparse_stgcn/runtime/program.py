@@ -1,6 +1,7 @@
 """What the programs of all backbones are built from: the arena of one person, live columns, folded batch norms, steps."""
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,7 +119,7 @@ def fold(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return gain, norm.bias - norm.running_mean * gain
 
 
-class Program:
+class Program(ABC):
     """Compiles a network for clips of one length into the steps of csrc/cpu/fused.h; a subclass adds its blocks."""
 
     def __init__(self, model: Recognizer, frames: int) -> None:
@@ -146,10 +147,10 @@ class Program:
                  "features": features, "arena": self.peak + SLACK, "persons": persons}
         return _native.module.Fused(sizes, gain.numpy(), shift.numpy(), self.steps)
 
+    @abstractmethod
     def width(self, block: Block) -> int:
         """Output channels of a block."""
-        raise NotImplementedError
 
+    @abstractmethod
     def block(self, block: Block, source: tuple[int, int, int]) -> tuple[int, int, int]:
         """Append the steps of one block, in place over X; returns X after it: (offset, row length, frames)."""
-        raise NotImplementedError
