@@ -49,7 +49,7 @@ struct Strips {
   int64_t samples, strips, frames, V, lanes, columns;
 
   // The cut with the least work: a column costs `work` for every frame, and its halo of `halo` frames `halo_work`. Results do
-  // not depend on it, but for sums over frames (dW), which pass a fixed number of workers.
+  // not depend on it.
   static Strips make(int64_t samples, int64_t T, int64_t V, int64_t lanes, int64_t most_frames, int64_t multiple, int64_t halo,
                      double work, double halo_work, int64_t workers) {
     Strips best{samples, 1, T, V, lanes, 0};

@@ -146,16 +146,22 @@ void fused_dg(const FusedStep& s, int64_t V, float* arena);           // fused_d
 void fused_ctr_inputs(const FusedStep& s, int64_t V, float* arena);   // fused_inputs.inl
 inline void fused_aa(const FusedStep& s, int64_t V, float* arena, Share share);  // fused_aa.inl
 
-INLINE void fused_input(const FusedNetwork& net, const float* x, const int64_t stride[3], int64_t person, float* arena) {
+// The normalised input of a person. False if it holds a NaN, which the ReLUs of the steps would turn into zeros.
+INLINE bool fused_input(const FusedNetwork& net, const float* x, const int64_t stride[3], int64_t person, float* arena) {
   const int64_t T = net.frames, V = net.joints, C = net.channels;
   const float* scale = net.scale + person % net.persons * V * C;
   const float* shift = net.shift + person % net.persons * V * C;
+  bool number = true;
   for (int64_t c = 0; c < C; c++) {
     float* to = arena + net.input + c * net.input_ld;
     for (int64_t t = 0; t < T; t++)
-      for (int64_t v = 0; v < V; v++)
-        to[t * V + v] = x[t * stride[0] + v * stride[1] + c * stride[2]] * scale[v * C + c] + shift[v * C + c];
+      for (int64_t v = 0; v < V; v++) {
+        const float value = x[t * stride[0] + v * stride[1] + c * stride[2]];
+        number &= value == value;
+        to[t * V + v] = value * scale[v * C + c] + shift[v * C + c];
+      }
   }
+  return number;
 }
 
 // Whether threads can share a step.
@@ -174,10 +180,13 @@ inline void fused_step(const FusedNetwork& net, const FusedStep& s, float* arena
   else fused_branch_step(s, V, arena);
 }
 
-// One person, its steps shared by `threads` threads.
+// One person, its steps shared by `threads` threads. A person with a NaN has no features but NaN, as in the network itself.
 inline void fused_person(const FusedNetwork& net, const float* x, const int64_t stride[3], int64_t person, float* arena,
                          float* features, int threads) {
-  fused_input(net, x, stride, person, arena);
+  if (!fused_input(net, x, stride, person, arena)) {
+    for (int64_t i = 0; i < net.features; i++) features[i] = __builtin_nanf("");
+    return;
+  }
   for (int64_t j = 0; j < net.num_steps; j++) {
     const FusedStep& s = net.steps[j];
     const int64_t parts = shareable(s) ? threads : 1;
