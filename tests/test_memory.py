@@ -17,7 +17,7 @@ def test_a_sparse_step_needs_less_memory_than_a_dense_one():
 
 
 def test_memory_grows_with_the_batch():
-    small, large = (peak_memory(StepMemory(frames=64, **{**SMALL, "batch": batch})) for batch in (2, 6))
+    small, large = (peak_memory(StepMemory(frames=64, **{**SMALL, "batch": batch})) for batch in (2, 8))
     assert large > 2 * small
 
 
