@@ -38,8 +38,8 @@ using Strides = std::vector<Sizes>;
 DynamicShape dynamic_shape(const Sizes& size) { return {size[0], size[1], size[2], size[3], size[4], size[5]}; }
 
 template <class S>
-GroupView<const S> group_view(Address data, const Sizes& stride) {
-  return {(const S*)data, {stride[0], stride[1], stride[2], stride[3], stride[4]}};
+GroupView<S> group_view(Address data, const Sizes& stride) {
+  return {(S*)data, {stride[0], stride[1], stride[2], stride[3], stride[4]}};
 }
 
 // A View of which only the strides of sample and channel are used.
@@ -214,6 +214,51 @@ PYBIND11_MODULE(_native, m) {
     });
   });
 
+  // The same with graphs of the samples: shape = (N, K, C, R, T, V), of which C and R are not read.
+  m.def("sample_graph_forward", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
+                                   Address x, const Sizes& x_stride, Address values, Address graphs, Address bias_map, Address y,
+                                   int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.sample_graph_forward(dynamic_shape(shape), pattern(size, index), view<S>(x, x_stride), (const S*)values,
+                               (const S*)graphs, (const S*)bias_map, (S*)y, threads);
+    });
+  });
+  m.def("sample_graph_dx", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
+                              Address x, const Sizes& x_stride, Address dy, const Sizes& dy_stride, Address values, Address graphs,
+                              Address dx, Address dgraphs, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.sample_graph_dx(dynamic_shape(shape), pattern(size, index), view<S>(x, x_stride), view<S>(dy, dy_stride),
+                          (const S*)values, (const S*)graphs, (S*)dx, (S*)dgraphs, threads);
+    });
+  });
+  m.def("sample_graph_dw", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
+                              Address x, const Sizes& x_stride, Address dy, const Sizes& dy_stride, Address graphs, Address masked,
+                              Address values, double scale, Address dw, Address dbias_map, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.sample_graph_dw(dynamic_shape(shape), pattern(size, index), view<S>(x, x_stride), view<S>(dy, dy_stride),
+                          (const S*)graphs, lasso<S>(masked, values, scale), (S*)dw, (S*)dbias_map, threads);
+    });
+  });
+
+  m.def("sample_product", [](bool is_double, const Sizes& shape, Address x, const Sizes& x_stride, Address graphs, Address y,
+                             int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.sample_product(dynamic_shape(shape), view<S>(x, x_stride), (const S*)graphs, (S*)y, threads);
+    });
+  });
+  m.def("sample_product_backward", [](bool is_double, const Sizes& shape, Address x, const Sizes& x_stride, Address graphs,
+                                      Address dy, const Sizes& dy_stride, Address dx, Address dgraphs, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.sample_product_backward(dynamic_shape(shape), view<S>(x, x_stride), (const S*)graphs, view<S>(dy, dy_stride), (S*)dx,
+                                  (S*)dgraphs, threads);
+    });
+  });
+
   py::class_<Fused>(m, "Fused")
       .def(py::init<const py::dict&, const py::buffer&, const py::buffer&, const py::list&>());
 
@@ -228,19 +273,19 @@ PYBIND11_MODULE(_native, m) {
   });
 
   // Dynamic aggregations: shape = (N, K, C, R, T, V). A list of addresses and a list of strides, in the order of the op.
-  m.def("aa_forward", [](bool is_double, const Sizes& shape, const Addresses& t, const Strides& stride, int threads) {
+  m.def("aa_graphs", [](bool is_double, const Sizes& shape, const Addresses& t, const Strides& stride, int threads) {
     typed(is_double, [&](auto& ops, auto s) {
       using S = decltype(s);
-      ops.aa_forward(dynamic_shape(shape), view<S>(t[0], stride[0]), view<S>(t[1], stride[1]), view<S>(t[2], stride[2]),
-                     (const S*)t[3], (const S*)t[4], (S*)t[5], threads);
+      ops.aa_graphs(dynamic_shape(shape), group_view<const S>(t[0], stride[0]), group_view<const S>(t[1], stride[1]),
+                    (const S*)t[2], (const S*)t[3], (S*)t[4], threads);
     });
   });
-  m.def("aa_backward", [](bool is_double, const Sizes& shape, const Addresses& t, const Strides& stride, int threads) {
+  m.def("aa_graphs_backward", [](bool is_double, const Sizes& shape, const Addresses& t, const Strides& stride, int threads) {
     typed(is_double, [&](auto& ops, auto s) {
       using S = decltype(s);
-      ops.aa_backward(dynamic_shape(shape), view<S>(t[0], stride[0]), view<S>(t[1], stride[1]), view<S>(t[2], stride[2]),
-                      (const S*)t[3], (const S*)t[4], view<S>(t[5], stride[3]), (S*)t[6], (S*)t[7], (S*)t[8], (S*)t[9],
-                      (S*)t[10], threads);
+      ops.aa_graphs_backward(dynamic_shape(shape), group_view<const S>(t[0], stride[0]), group_view<const S>(t[1], stride[1]),
+                             (const S*)t[2], (const S*)t[3], group_view<S>(t[4], stride[2]), group_view<S>(t[5], stride[3]),
+                             (S*)t[6], (S*)t[7], threads);
     });
   });
   m.def("ctr_forward", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
@@ -265,15 +310,15 @@ PYBIND11_MODULE(_native, m) {
   m.def("dg_forward", [](bool is_double, const Sizes& shape, const Addresses& t, const Strides& stride, int threads) {
     typed(is_double, [&](auto& ops, auto s) {
       using S = decltype(s);
-      ops.dg_forward(dynamic_shape(shape), group_view<S>(t[0], stride[0]), view<S>(t[1], stride[1]), view<S>(t[2], stride[2]),
+      ops.dg_forward(dynamic_shape(shape), group_view<const S>(t[0], stride[0]), view<S>(t[1], stride[1]), view<S>(t[2], stride[2]),
                      (const S*)t[3], (const S*)t[4], (const S*)t[5], (S*)t[6], threads);
     });
   });
   m.def("dg_backward", [](bool is_double, const Sizes& shape, const Addresses& t, const Strides& stride, int threads) {
     typed(is_double, [&](auto& ops, auto s) {
       using S = decltype(s);
-      ops.dg_backward(dynamic_shape(shape), group_view<S>(t[0], stride[0]), view<S>(t[1], stride[1]), view<S>(t[2], stride[2]),
-                      (const S*)t[3], (const S*)t[4], (const S*)t[5], group_view<S>(t[6], stride[3]), (S*)t[7], (S*)t[8],
+      ops.dg_backward(dynamic_shape(shape), group_view<const S>(t[0], stride[0]), view<S>(t[1], stride[1]), view<S>(t[2], stride[2]),
+                      (const S*)t[3], (const S*)t[4], (const S*)t[5], group_view<const S>(t[6], stride[3]), (S*)t[7], (S*)t[8],
                       (S*)t[9], (S*)t[10], (S*)t[11], (S*)t[12], threads);
     });
   });

@@ -15,7 +15,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .kernels import BlockPattern, _native, graph_conv, norm, temporal_conv
 from .kernels.dispatch import choose
 
-__all__ = ["SparseConv2d", "TemporalUnit", "Units", "joined", "normalise", "pointwise_unit", "run_units"]
+__all__ = ["SparseConv2d", "TemporalUnit", "Units", "joined", "normalise", "pointwise_unit", "run_units", "stacked",
+           "sum_over_graphs"]
 
 
 class SparseConv2d(nn.Module):
@@ -216,21 +217,52 @@ def joined(convs: Sequence[SparseConv2d], x: Tensor) -> tuple[Tensor, ...]:
     x is read once, and its gradient is one sum that is written once. Compact convolutions have to agree in their block, and
     their widths to be multiples of it; otherwise, and where a forward hook watches one of them, they run one by one.
     """
+    y = _as_one(convs, x)
+    return tuple(conv(x) for conv in convs) if y is None else y.split([conv.out_channels for conv in convs], 1)
+
+
+def stacked(convs: Sequence[SparseConv2d], x: Tensor) -> Tensor:
+    """cat([conv(x) for conv in convs], 1), see ``joined``."""
+    y = _as_one(convs, x)
+    return torch.cat([conv(x) for conv in convs], 1) if y is None else y
+
+
+def _as_one(convs: Sequence[SparseConv2d], x: Tensor) -> Tensor | None:
     kinds = {(conv.kernel_size, conv.stride, conv.subsets, conv.bias is None) for conv in convs}
     if len(kinds) > 1 or convs[0].kernel_size > 1:
         raise ValueError(f"Expected 1 x 1 convolutions of one stride. Got {', '.join(map(str, convs))}.")
     if any(conv._forward_hooks or conv._forward_pre_hooks for conv in convs):
-        return tuple(conv(x) for conv in convs)
-    widths, stages = [conv.out_channels for conv in convs], {conv.stage == "compact" for conv in convs}
+        return None
+    stages = {conv.stage == "compact" for conv in convs}
     bias = None if convs[0].bias is None else torch.cat([conv.bias for conv in convs])  # type: ignore[misc]
     if stages == {False}:
-        return F.conv2d(x, torch.cat([conv.dense_weight() for conv in convs]), bias, (convs[0].stride, 1)).split(widths, 1)
+        return F.conv2d(x, torch.cat([conv.dense_weight() for conv in convs]), bias, (convs[0].stride, 1))
     patterns = tuple(conv.pattern for conv in convs if conv.pattern is not None)
     pattern = _join(patterns) if stages == {True} else None
     if pattern is None:
-        return tuple(conv(x) for conv in convs)
+        return None
     values = torch.cat([conv.values for conv in convs])  # type: ignore[misc]
-    return temporal_conv(x, values, pattern, bias, convs[0].stride).split(widths, 1)
+    return temporal_conv(x, values, pattern, bias, convs[0].stride)
+
+
+def sum_over_graphs(convs: Sequence[SparseConv2d], x: Tensor, graphs: Tensor) -> Tensor:
+    """y = sum over k of conv_k(x G_k): (N, I, T, V) and a graph of every sample (N, K, V, V) -> (N, O, T, V).
+
+    Compact 1 x 1 convolutions of one block are one graph convolution, in which no x G_k exists as a whole.
+    """
+    watched = any(conv._forward_hooks or conv._forward_pre_hooks for conv in convs)
+    patterns = tuple(conv.pattern for conv in convs if conv.pattern is not None and conv.stage == "compact")
+    if watched or len(patterns) < len(convs) or len({pattern.block for pattern in patterns}) > 1:
+        batch, channels, frames, joints = x.shape
+        rows, y = x.reshape(batch, -1, joints), None
+        for conv, graph in zip(convs, graphs.unbind(1), strict=True):
+            part = conv(torch.bmm(rows, graph).view(batch, channels, frames, joints))
+            y = part if y is None else y + part
+        return y  # type: ignore[return-value]  # there is a graph
+    pattern, order = _stack(patterns)
+    values = torch.cat([conv.values for conv in convs])[order]  # type: ignore[misc]
+    offset = None if convs[0].bias is None else torch.stack([conv.bias for conv in convs]).sum(0)  # type: ignore[misc]
+    return graph_conv(x, values, pattern, graphs.to(x.dtype), offset=offset)
 
 
 _joins: WeakIdKeyDictionary = WeakIdKeyDictionary()  # first pattern -> the patterns joined, and their join
@@ -252,6 +284,27 @@ def _join(patterns: tuple[BlockPattern, ...]) -> BlockPattern | None:
         together = BlockPattern.from_blocks(torch.cat([p.blocks() for p in patterns]), (outputs, inputs, taps), block)
     _joins[patterns[0]] = (tuple(map(weakref.ref, patterns[1:])), together)
     return together
+
+
+_stacks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # first pattern -> the others, their stack, and the order of its blocks
+
+
+def _stack(patterns: tuple[BlockPattern, ...]) -> tuple[BlockPattern, Tensor]:
+    """1 x 1 patterns (O, I, 1) as the taps of one (O, I, K), and where each of its blocks is among all of theirs."""
+    kept = _stacks.get(patterns[0])
+    if kept is not None and len(kept[0]) == len(patterns) - 1 and all(map(_is, kept[0], patterns[1:])):
+        return kept[1]
+    live = torch.cat([pattern.blocks() for pattern in patterns], 2)
+    outputs, inputs, _ = patterns[0].shape
+    stack = BlockPattern.from_blocks(live, (outputs, inputs, len(patterns)), patterns[0].block).to(live.device)
+    place, before = torch.zeros(live.shape, dtype=torch.long, device=live.device), 0
+    for k, pattern in enumerate(patterns):
+        place[pattern.rows, pattern.input.long(), k] = torch.arange(pattern.num_blocks, device=live.device) + before
+        before += pattern.num_blocks
+    with torch.inference_mode(False):  # what is kept must serve training too
+        order = place[stack.rows, stack.input.long(), stack.tap.long()].clone()
+    _stacks[patterns[0]] = (tuple(map(weakref.ref, patterns[1:])), (stack, order))
+    return stack, order
 
 
 def normalise(bns: nn.Module | Sequence[nn.Module], xs: Tensor | Sequence[Tensor], residual: Tensor | None = None,

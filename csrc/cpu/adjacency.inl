@@ -6,6 +6,7 @@
 
 template <class S>
 struct AdjacencyTable {
+  static constexpr bool of_samples = false;
   int64_t K, V, stride;         // stride: lanes of one slot
   const int32_t *ptr, *src;     // entries by (k, w), or by (k, v) if transposed
   const S* coef;
@@ -56,6 +57,7 @@ struct AdjacencyTable {
         }
   }
 
+  const AdjacencyTable& at(int64_t) const { return *this; }
   void apply(int64_t k, const S* x, int64_t frames, S* z) const { run<false>(k, x, frames, z); }
   void add(int64_t k, const S* x, int64_t frames, S* z) const { run<true>(k, x, frames, z); }
 

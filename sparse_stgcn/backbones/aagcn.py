@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.dynamic import aa_aggregate
-from ..layers import SparseConv2d, TemporalUnit, joined, normalise
+from ..kernels.dynamic import aa_graph
+from ..layers import SparseConv2d, TemporalUnit, normalise, stacked, sum_over_graphs
 from ..skeleton import Skeleton
 from .base import Backbone, graph_parameter, init_fan_out, shortcut
 
@@ -18,7 +18,7 @@ __all__ = ["AAGCN", "AdaptiveGraphUnit"]
 class AdaptiveGraphUnit(nn.Module):
     """ReLU(BN(sum over k of conv_d_k(x (A_k + alpha G_k(x)))) + down(x)), then attention.
 
-    G_k is a graph per sample from the embeddings conv_a_k and conv_b_k, see ``kernels.dynamic.aa_aggregate``.
+    G_k is a graph per sample from the embeddings conv_a_k and conv_b_k, see ``kernels.dynamic.aa_graph``.
     With ``attention`` the output is scaled by 1 + s for joints, then frames, then channels, each s a sigmoid.
     Shapes: (N, I, T, V) -> (N, O, T, V).
     """
@@ -58,13 +58,10 @@ class AdaptiveGraphUnit(nn.Module):
             nn.init.kaiming_normal_(self.fc1c.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = None
-        embedded = joined([*self.conv_a, *self.conv_b], x)
-        subsets = len(self.conv_d)
-        for a, b, conv_d, graph in zip(embedded[:subsets], embedded[subsets:], self.conv_d, self.A, strict=True):
-            part = conv_d(aa_aggregate(x, a, b, self.alpha, graph))
-            y = part if y is None else y + part
-        y = normalise(self.bn, y, self.down(x), relu=True)  # type: ignore[arg-type]  # there is a subset
+        embedded = stacked([*self.conv_a, *self.conv_b], x)
+        graphs = aa_graph(embedded.unflatten(1, (2, len(self.conv_d), -1)), self.alpha, self.A)
+        y = sum_over_graphs(list(self.conv_d), x, graphs)
+        y = normalise(self.bn, y, self.down(x), relu=True)
         return self._attend(y) if self.attention else y
 
     def _attend(self, y: Tensor) -> Tensor:

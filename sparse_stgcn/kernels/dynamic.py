@@ -19,7 +19,7 @@ from ._library import LIBRARY, implement
 from .dispatch import backend_for
 from .pattern import BlockPattern
 
-__all__ = ["aa_aggregate", "ctr_aggregate", "dg_aggregate"]
+__all__ = ["aa_aggregate", "aa_graph", "ctr_aggregate", "dg_aggregate"]
 
 _ops = torch.ops.sparse_stgcn
 
@@ -53,6 +53,30 @@ def aa_aggregate(x: Tensor, a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> T
     if backend_for("aa_aggregate", x.device, x.dtype) == "reference":
         return reference_dynamic.aa_aggregate(*arguments)
     return _AaAggregate.apply(*arguments)
+
+
+def aa_graph(embedded: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
+    """G[n,k,v,w] = A[k,v,w] + alpha tanh(1 / (R T) sum over r, t of a[n,k,r,t,v] b[n,k,r,t,w]): the graphs of aa_aggregate alone.
+
+    Args:
+        embedded: (N, 2, K, R, T, V): all a, then all b; any strides.
+        alpha: one number.
+        A: (K, V, V).
+
+    Returns:
+        (N, K, V, V), contiguous. Stored for the backward pass: the arguments.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    if embedded.dim() != 6 or embedded.shape[1] != 2:
+        raise ValueError(f"Expected embedded of shape (N, 2, K, R, T, V). Got {tuple(embedded.shape)}.")
+    joints = embedded.shape[5]
+    _check_graph(A, (embedded.shape[2], joints, joints), alpha=alpha)
+    arguments = _like(embedded, embedded, alpha, A)
+    if backend_for("aa_graph", embedded.device, embedded.dtype) == "reference":
+        return reference_dynamic.aa_graph(*arguments)
+    return _AaGraph.apply(*arguments)
 
 
 def ctr_aggregate(x1: Tensor, x2: Tensor, x3: Tensor, conv4_weight: Tensor, conv4_bias: Tensor, alpha: Tensor,
@@ -158,6 +182,18 @@ class _AaAggregate(torch.autograd.Function):
         return _ops.aa_aggregate_backward(dy, *ctx.saved_tensors)
 
 
+class _AaGraph(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Tensor) -> Tensor:
+        ctx.save_for_backward(*arguments)
+        return _ops.aa_graph(*arguments)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dgraphs: Tensor) -> tuple[Tensor, ...]:
+        return _ops.aa_graph_backward(dgraphs, *ctx.saved_tensors)
+
+
 class _CtrAggregate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x1: Tensor, x2: Tensor, x3: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, A: Tensor,
@@ -193,6 +229,10 @@ for _name, _schema, _gradients in (("aa", _AA, 5), ("ctr", _CTR, 7), ("dg", _DG,
     LIBRARY.define(f"{_name}_aggregate({_schema}) -> Tensor")
     LIBRARY.define(f"{_name}_aggregate_backward(Tensor dy, {_schema}) -> ({', '.join(['Tensor'] * _gradients)})")
 
+_EMBEDDED = "Tensor embedded, Tensor alpha, Tensor A"
+LIBRARY.define(f"aa_graph({_EMBEDDED}) -> Tensor")
+LIBRARY.define(f"aa_graph_backward(Tensor dgraphs, {_EMBEDDED}) -> (Tensor, Tensor, Tensor)")
+
 _DENSE = (8, 1)  # a dense W4 is taken in rows of eight channels, which share each map that is read
 
 
@@ -214,14 +254,14 @@ def _fake_aa(x: Tensor, a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> Tenso
 
 @implement("aa_aggregate", _fake_aa)
 def _aa(x: Tensor, a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
-    y, A = _fake_aa(x, a, b, alpha, A), A.contiguous()
-    _native.module.aa_forward(x.dtype == torch.float64, _aa_sizes(x, a), _addresses(x, a, b, alpha, A, y), _strides(x, a, b),
-                              torch.get_num_threads())
+    (y,), graphs = _new(x), _aa_graphs(a[:, None], b[:, None], alpha, A[None])
+    _native.module.sample_product(x.dtype == torch.float64, _aa_sizes(x), x.data_ptr(), x.stride(), graphs.data_ptr(),
+                                  y.data_ptr(), torch.get_num_threads())
     return y
 
 
-def _aa_sizes(x: Tensor, a: Tensor) -> list[int]:
-    return [x.shape[0], 1, x.shape[1], a.shape[1], x.shape[2], x.shape[3]]
+def _aa_sizes(x: Tensor) -> list[int]:
+    return [x.shape[0], 1, x.shape[1], 1, x.shape[2], x.shape[3]]
 
 
 def _fake_aa_backward(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> tuple[Tensor, ...]:
@@ -230,10 +270,55 @@ def _fake_aa_backward(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: Tensor
 
 @implement("aa_aggregate_backward", _fake_aa_backward)
 def _aa_backward(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> tuple[Tensor, ...]:
-    gradients, A = _fake_aa_backward(dy, x, a, b, alpha, A), A.contiguous()
-    _native.module.aa_backward(x.dtype == torch.float64, _aa_sizes(x, a), _addresses(x, a, b, alpha, A, dy, *gradients),
-                               _strides(x, a, b, dy), torch.get_num_threads())
-    return gradients
+    dx, da, db, dalpha, dA = _new(x, a, b, alpha, A)
+    a, b, shared = a[:, None], b[:, None], A[None]
+    graphs = _aa_graphs(a, b, alpha, shared)
+    dgraphs = torch.empty_like(graphs)
+    _native.module.sample_product_backward(x.dtype == torch.float64, _aa_sizes(x), x.data_ptr(), x.stride(), graphs.data_ptr(),
+                                           dy.data_ptr(), dy.stride(), dx.data_ptr(), dgraphs.data_ptr(),
+                                           torch.get_num_threads())
+    _aa_graphs_backward(a, b, alpha, dgraphs, da[:, None], db[:, None], dalpha, dA)
+    return dx, da, db, dalpha, dA
+
+
+def _fake_aa_graph(embedded: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
+    return embedded.new_empty((embedded.shape[0], *A.shape))
+
+
+@implement("aa_graph", _fake_aa_graph)
+def _aa_graph(embedded: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
+    return _aa_graphs(*embedded.unbind(1), alpha, A)
+
+
+def _fake_aa_graph_backward(dgraphs: Tensor, embedded: Tensor, alpha: Tensor, A: Tensor) -> tuple[Tensor, ...]:
+    return _new(embedded, alpha, A)
+
+
+@implement("aa_graph_backward", _fake_aa_graph_backward)
+def _aa_graph_backward(dgraphs: Tensor, embedded: Tensor, alpha: Tensor, A: Tensor) -> tuple[Tensor, ...]:
+    dembedded, dalpha, dA = _new(embedded, alpha, A)
+    _aa_graphs_backward(*embedded.unbind(1), alpha, dgraphs.contiguous(), *dembedded.unbind(1), dalpha, dA)
+    return dembedded, dalpha, dA
+
+
+def _graph_sizes(a: Tensor) -> list[int]:
+    batch, subsets, rows, frames, joints = a.shape
+    return [batch, subsets, 1, rows, frames, joints]
+
+
+def _aa_graphs(a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
+    """(N, K, V, V) of a and b (N, K, R, T, V)."""
+    graphs, A = a.new_empty((a.shape[0], *A.shape)), A.contiguous()
+    _native.module.aa_graphs(a.dtype == torch.float64, _graph_sizes(a), _addresses(a, b, alpha, A, graphs), _strides(a, b),
+                             torch.get_num_threads())
+    return graphs
+
+
+def _aa_graphs_backward(a: Tensor, b: Tensor, alpha: Tensor, dgraphs: Tensor, da: Tensor, db: Tensor, dalpha: Tensor,
+                        dA: Tensor) -> None:
+    _native.module.aa_graphs_backward(
+        a.dtype == torch.float64, _graph_sizes(a), _addresses(a, b, alpha, dgraphs, da, db, dalpha, dA),
+        _strides(a, b, da, db), torch.get_num_threads())
 
 
 def _ctr_sizes(x1: Tensor, x3: Tensor) -> list[int]:
