@@ -27,6 +27,19 @@ Pattern pattern(const Sizes& size, const std::array<Address, 3>& index) {
           (const int32_t*)index[0], (const int32_t*)index[1], (const int32_t*)index[2]};
 }
 
+// Of subsets with `blocks` live blocks each, their indices one after the other; index[0] == 0: dense weights.
+std::vector<Pattern> patterns(const Sizes& size, const Sizes& blocks, const std::array<Address, 2>& index) {
+  std::vector<Pattern> list;
+  const auto *row_ptr = (const int32_t*)index[0], *input = (const int32_t*)index[1];
+  for (const int64_t count : blocks) {
+    Pattern p = pattern(size, {(Address)row_ptr, (Address)input, 0});
+    p.blocks = count;
+    list.push_back(p);
+    if (row_ptr) row_ptr += p.rows + 1, input += count;
+  }
+  return list;
+}
+
 template <class S>
 View<const S> view(Address data, const Sizes& stride) {
   return {(const S*)data, {stride[0], stride[1], stride[2], stride[3]}};
@@ -288,23 +301,24 @@ PYBIND11_MODULE(_native, m) {
                              (S*)t[6], (S*)t[7], threads);
     });
   });
-  m.def("ctr_forward", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
-                          const Addresses& t, const Strides& stride, int threads) {
+  m.def("ctr_forward", [](bool is_double, const Sizes& shape, const Sizes& size, const Sizes& blocks,
+                          const std::array<Address, 2>& index, const Addresses& t, const Strides& stride, int threads) {
+    const auto of_subsets = patterns(size, blocks, index);
     typed(is_double, [&](auto& ops, auto s) {
       using S = decltype(s);
-      ops.ctr_forward(dynamic_shape(shape), pattern(size, index), view<S>(t[0], stride[0]), view<S>(t[1], stride[1]),
-                      view<S>(t[2], stride[2]), (const S*)t[3], (const S*)t[4], (const S*)t[5], (const S*)t[6], (S*)t[7],
-                      threads);
+      ops.ctr_forward(dynamic_shape(shape), of_subsets.data(), group_view<const S>(t[0], stride[0]),
+                      group_view<const S>(t[1], stride[1]), (const S*)t[2], (const S*)t[3], (const S*)t[4], (const S*)t[5],
+                      (S*)t[6], threads);
     });
   });
-  m.def("ctr_backward", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
-                           const Addresses& t, const Strides& stride, int threads) {
+  m.def("ctr_backward", [](bool is_double, const Sizes& shape, const Sizes& size, const Sizes& blocks,
+                           const std::array<Address, 2>& index, const Addresses& t, const Strides& stride, int threads) {
+    const auto of_subsets = patterns(size, blocks, index);
     typed(is_double, [&](auto& ops, auto s) {
       using S = decltype(s);
-      ops.ctr_backward(dynamic_shape(shape), pattern(size, index), view<S>(t[0], stride[0]), view<S>(t[1], stride[1]),
-                       view<S>(t[2], stride[2]), (const S*)t[3], (const S*)t[4], (const S*)t[5], (const S*)t[6],
-                       view<S>(t[7], stride[3]), (S*)t[8], (S*)t[9], (S*)t[10], (S*)t[11], (S*)t[12], (S*)t[13], (S*)t[14],
-                       threads);
+      ops.ctr_backward(dynamic_shape(shape), of_subsets.data(), group_view<const S>(t[0], stride[0]),
+                       group_view<const S>(t[1], stride[1]), (const S*)t[2], (const S*)t[3], (const S*)t[4], (const S*)t[5],
+                       view<S>(t[6], stride[2]), (S*)t[7], (S*)t[8], (S*)t[9], (S*)t[10], (S*)t[11], (S*)t[12], threads);
     });
   });
   m.def("dg_forward", [](bool is_double, const Sizes& shape, const Addresses& t, const Strides& stride, int threads) {

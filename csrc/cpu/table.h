@@ -85,16 +85,16 @@ struct Ops {
   void (*lasso_gradient)(int64_t O, int64_t I, int64_t K, const S* w, const int64_t stride[3], const uint8_t* kept,
                          S scale, S* gradient);
 
-  // Small arguments (alpha, beta, A, weights) are contiguous. x1 and x2 of ctr are (N, R, V): stride[2] is not read; a pattern
-  // without row_ptr is a dense weight (C, R).
+  // Small arguments (alpha, beta, A, weights) are contiguous, those of ctr's subsets one after the other. x12 is (N, K, 2, R, V);
+  // a pattern without row_ptr is a dense weight (C, R).
   void (*aa_graphs)(const DynamicShape&, GroupView<const S> a, GroupView<const S> b, const S* alpha, const S* A, S* graphs,
                     int threads);
   void (*aa_graphs_backward)(const DynamicShape&, GroupView<const S> a, GroupView<const S> b, const S* alpha,
                              const S* dgraphs, GroupView<S> da, GroupView<S> db, S* dalpha, S* dA, int threads);
-  void (*ctr_forward)(const DynamicShape&, const Pattern&, View<const S> x1, View<const S> x2, View<const S> x3,
+  void (*ctr_forward)(const DynamicShape&, const Pattern* of_subsets, GroupView<const S> x12, GroupView<const S> x3,
                       const S* weight, const S* bias, const S* alpha, const S* A, S* y, int threads);
-  void (*ctr_backward)(const DynamicShape&, const Pattern&, View<const S> x1, View<const S> x2, View<const S> x3,
-                       const S* weight, const S* bias, const S* alpha, const S* A, View<const S> dy, S* dx1, S* dx2, S* dx3,
+  void (*ctr_backward)(const DynamicShape&, const Pattern* of_subsets, GroupView<const S> x12, GroupView<const S> x3,
+                       const S* weight, const S* bias, const S* alpha, const S* A, View<const S> dy, S* dx12, S* dx3,
                        S* dweight, S* dbias, S* dalpha, S* dA, int threads);
   void (*dg_forward)(const DynamicShape&, GroupView<const S> x, View<const S> x1, View<const S> x2, const S* alpha,
                      const S* beta, const S* A, S* y, int threads);

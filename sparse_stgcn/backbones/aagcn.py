@@ -58,9 +58,10 @@ class AdaptiveGraphUnit(nn.Module):
             nn.init.kaiming_normal_(self.fc1c.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        embedded = stacked([*self.conv_a, *self.conv_b], x)
-        graphs = aa_graph(embedded.unflatten(1, (2, len(self.conv_d), -1)), self.alpha, self.A)
-        y = sum_over_graphs(list(self.conv_d), x, graphs)
+        conv_a, conv_b, conv_d = (list(convs) for convs in (self.conv_a, self.conv_b, self.conv_d))
+        embedded = stacked([*conv_a, *conv_b], x)
+        graphs = aa_graph(embedded.unflatten(1, (2, len(conv_d), -1)), self.alpha, self.A)
+        y = sum_over_graphs(conv_d, x, graphs)
         y = normalise(self.bn, y, self.down(x), relu=True)
         return self._attend(y) if self.attention else y
 

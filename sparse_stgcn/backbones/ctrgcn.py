@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.dynamic import ctr_aggregate
-from ..layers import SparseConv2d, joined, normalise
+from ..kernels.dynamic import ctr_aggregate_sum
+from ..layers import SparseConv2d, normalise, stacked
 from ..skeleton import Skeleton
 from .base import Backbone, graph_parameter, init_fan_out, shortcut
 from .multibranch import BranchedTemporal, MixedTemporal
@@ -18,7 +18,7 @@ _TEMPORAL = ("branched", "mixed")
 
 
 class ChannelGraph(nn.Module):
-    """One subset of CTR-GCN: a product with a graph per channel, see ``kernels.dynamic.ctr_aggregate``."""
+    """The convolutions of one subset of CTR-GCN, see ``kernels.dynamic.ctr_aggregate_sum``."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -27,13 +27,6 @@ class ChannelGraph(nn.Module):
         self.conv2 = SparseConv2d(in_channels, rank)
         self.conv3 = SparseConv2d(in_channels, out_channels)
         self.conv4 = SparseConv2d(rank, out_channels)
-
-    def forward(self, x1: Tensor, x2: Tensor, x3: Tensor, alpha: Tensor, graph: Tensor) -> Tensor:
-        """conv1 and conv2 of the mean over time (N, R, 1, V), conv3 of x (N, O, T, V) -> (N, O, T, V)."""
-        values, pattern = self.conv4.values, self.conv4.pattern
-        weight = self.conv4.dense_weight()[:, :, 0, 0] if values is None else values
-        bias: Tensor = self.conv4.bias  # type: ignore[assignment]  # built with one
-        return ctr_aggregate(x1[:, :, 0], x2[:, :, 0], x3, weight, bias, alpha, graph, None if values is None else pattern)
 
 
 class ChannelGraphUnit(nn.Module):
@@ -53,13 +46,15 @@ class ChannelGraphUnit(nn.Module):
         nn.init.constant_(self.bn.weight, 1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        convs: Any = self.convs
-        embedded = joined([c for conv in convs for c in (conv.conv1, conv.conv2)], x.mean(2, keepdim=True))
-        wide, y = joined([conv.conv3 for conv in convs], x), None
-        for conv, x1, x2, x3, graph in zip(convs, embedded[::2], embedded[1::2], wide, self.A, strict=True):
-            part = conv(x1, x2, x3, self.alpha, graph)
-            y = part if y is None else y + part
-        return normalise(self.bn, y, self.down(x), relu=True)  # type: ignore[arg-type]  # there is a subset
+        convs: Any = list(self.convs)
+        embedded = stacked([c for conv in convs for c in (conv.conv1, conv.conv2)], x.mean(2, keepdim=True))
+        wide = stacked([conv.conv3 for conv in convs], x)
+        last = [conv.conv4 for conv in convs]
+        patterns = [conv.pattern for conv in last if conv.stage == "compact"]
+        weights = [conv.values if patterns else conv.dense_weight()[:, :, 0, 0] for conv in last]
+        y = ctr_aggregate_sum(embedded[:, :, 0].unflatten(1, (len(convs), 2, -1)), wide.unflatten(1, (len(convs), -1)), weights,
+                              [conv.bias for conv in last], self.alpha, self.A, patterns or None)
+        return normalise(self.bn, y, self.down(x), relu=True)
 
 
 class CTRGCN(Backbone):

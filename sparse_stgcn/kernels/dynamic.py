@@ -8,18 +8,21 @@ are stored and nothing else. tanh has an absolute error of 3 eps, which is what 
 """
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _native, reference_dynamic
 from ._library import LIBRARY, implement
 from .dispatch import backend_for
 from .pattern import BlockPattern
 
-__all__ = ["aa_aggregate", "aa_graph", "ctr_aggregate", "dg_aggregate"]
+__all__ = ["aa_aggregate", "aa_graph", "ctr_aggregate", "ctr_aggregate_sum", "dg_aggregate"]
 
 _ops = torch.ops.sparse_stgcn
 
@@ -56,7 +59,9 @@ def aa_aggregate(x: Tensor, a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> T
 
 
 def aa_graph(embedded: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
-    """G[n,k,v,w] = A[k,v,w] + alpha tanh(1 / (R T) sum over r, t of a[n,k,r,t,v] b[n,k,r,t,w]): the graphs of aa_aggregate alone.
+    """G[n,k,v,w] = A[k,v,w] + alpha tanh(1 / (R T) sum over r, t of a[n,k,r,t,v] b[n,k,r,t,w]).
+
+    The graphs of ``aa_aggregate`` alone, all subsets at once.
 
     Args:
         embedded: (N, 2, K, R, T, V): all a, then all b; any strides.
@@ -81,10 +86,7 @@ def aa_graph(embedded: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
 
 def ctr_aggregate(x1: Tensor, x2: Tensor, x3: Tensor, conv4_weight: Tensor, conv4_bias: Tensor, alpha: Tensor,
                   A: Tensor, conv4_pattern: BlockPattern | None = None) -> Tensor:
-    """out[n,c,t,w] = sum over v of x3[n,c,t,v] G[n,c,v,w], with a graph of its own for every channel.
-
-    G[n,c,v,w] = A[v,w] + alpha (b4[c] + sum over r of W4[c,r] tanh(x1[n,r,v] - x2[n,r,w])): the refined
-    topology of CTR-GCN (Chen et al. 2021, Eq. 2-3) as PYSKL orients it.
+    """out[n,c,t,w] = sum over v of x3[n,c,t,v] G[n,c,v,w]: ``ctr_aggregate_sum`` of one subset.
 
     Args:
         x1, x2: (N, R, V), the embedded means over time, any strides.
@@ -98,31 +100,89 @@ def ctr_aggregate(x1: Tensor, x2: Tensor, x3: Tensor, conv4_weight: Tensor, conv
     Returns:
         (N, C, T, V), contiguous.
 
-    Stored for the backward pass: the arguments only. Natively a thread holds the tanh maps (V, V) of one sample, of those r
-    only that a live block reads, and the graphs of eight channels; in the reference the maps (N, R, V, V) and the graphs
-    (N, C, V, V) exist during either pass.
-
     Raises:
         ValueError: a shape does not fit.
     """
     if x3.dim() != 4 or x1.dim() != 3 or x1.shape != x2.shape or (x1.shape[0], x1.shape[2]) != (x3.shape[0], x3.shape[3]):
         raise ValueError("Expected x1 and x2 of shape (N, R, V), x3 of shape (N, C, T, V). "
                          f"Got {tuple(x1.shape)}, {tuple(x2.shape)} and {tuple(x3.shape)}.")
-    shape = (x3.shape[1], x1.shape[1])
-    if conv4_pattern is not None and conv4_pattern.shape != (*shape, 1):
-        raise ValueError(f"Expected conv4_pattern of shape (C, R, 1) = {(*shape, 1)}. Got {conv4_pattern.shape}.")
-    wanted = shape if conv4_pattern is None else conv4_pattern.values_shape
-    if tuple(conv4_weight.shape) != wanted or tuple(conv4_bias.shape) != shape[:1]:
-        raise ValueError(f"Expected conv4_weight of shape {wanted} and conv4_bias of shape {shape[:1]}. "
-                         f"Got {tuple(conv4_weight.shape)} and {tuple(conv4_bias.shape)}.")
     _check_graph(A, (x3.shape[3], x3.shape[3]), alpha=alpha)
-    arguments = _like(x3, x1, x2, x3, conv4_weight, conv4_bias, alpha, A)
-    if backend_for("ctr_aggregate", x3.device, x3.dtype) == "reference":
-        x1, x2, x3, conv4_weight, conv4_bias, alpha, A = arguments
-        return reference_dynamic.ctr_aggregate(x1, x2, x3, conv4_weight, conv4_bias, alpha, A, conv4_pattern)
-    index = (None, None) if conv4_pattern is None else (conv4_pattern.row_ptr, conv4_pattern.input)
-    block = _DENSE if conv4_pattern is None else conv4_pattern.block
-    return _CtrAggregate.apply(*arguments, *index, (*shape, 1), block)
+    return ctr_aggregate_sum(torch.stack([x1, x2], 1)[:, None], x3[:, None], [conv4_weight], [conv4_bias], alpha, A[None],
+                             None if conv4_pattern is None else [conv4_pattern])
+
+
+def ctr_aggregate_sum(embedded: Tensor, wide: Tensor, conv4_weights: Sequence[Tensor], conv4_biases: Sequence[Tensor],
+                      alpha: Tensor, A: Tensor, conv4_patterns: Sequence[BlockPattern] | None = None) -> Tensor:
+    """out[n,c,t,w] = sum over k, v of x3[n,k,c,t,v] G[n,k,c,v,w], with a graph of its own for every channel.
+
+    G[n,k,c,v,w] = A[k,v,w] + alpha (b4_k[c] + sum over r of W4_k[c,r] tanh(x1[n,k,r,v] - x2[n,k,r,w])): the refined
+    topology of CTR-GCN (Chen et al. 2021, Eq. 2-3) as PYSKL orients it, summed over the subsets k.
+
+    Args:
+        embedded: (N, K, 2, R, V), x1 and x2: the embedded means over time, any strides.
+        wide: (N, K, C, T, V), x3, any strides.
+        conv4_weights: of each subset W4 (C, R), or its live blocks (blocks, bi, bo) where ``conv4_patterns`` is given.
+        conv4_biases: of each subset b4 (C,).
+        alpha: one number.
+        A: (K, V, V), the same for all samples and channels.
+        conv4_patterns: of shape (C, R, 1) and one block size.
+
+    Returns:
+        (N, C, T, V), contiguous.
+
+    Stored for the backward pass: the arguments only. Natively a thread holds the tanh maps (V, V) of one sample and subset, of
+    those r only that a live block reads, and the graphs of eight channels; in the reference the maps (N, R, V, V) and the graphs
+    (N, C, V, V) of a subset exist during either pass.
+
+    Raises:
+        ValueError: a shape does not fit, or the block sizes differ.
+    """
+    if wide.dim() != 5 or embedded.dim() != 5 or embedded.shape[2] != 2 or (
+            *embedded.shape[:2], embedded.shape[4]) != (*wide.shape[:2], wide.shape[4]):
+        raise ValueError("Expected embedded of shape (N, K, 2, R, V), wide of shape (N, K, C, T, V). "
+                         f"Got {tuple(embedded.shape)} and {tuple(wide.shape)}.")
+    subsets, joints, shape = wide.shape[1], wide.shape[4], (wide.shape[2], embedded.shape[3])
+    patterns = [None] * subsets if conv4_patterns is None else list(conv4_patterns)
+    if not len(conv4_weights) == len(conv4_biases) == len(patterns) == subsets:
+        raise ValueError(f"Expected weights, biases and patterns of {subsets} subsets. "
+                         f"Got {len(conv4_weights)}, {len(conv4_biases)} and {len(patterns)}.")
+    for weight, bias, pattern in zip(conv4_weights, conv4_biases, patterns, strict=True):
+        if pattern is not None and pattern.shape != (*shape, 1):
+            raise ValueError(f"Expected conv4_pattern of shape (C, R, 1) = {(*shape, 1)}. Got {pattern.shape}.")
+        wanted = shape if pattern is None else pattern.values_shape
+        if tuple(weight.shape) != wanted or tuple(bias.shape) != shape[:1]:
+            raise ValueError(f"Expected conv4_weight of shape {wanted} and conv4_bias of shape {shape[:1]}. "
+                             f"Got {tuple(weight.shape)} and {tuple(bias.shape)}.")
+    blocks = {pattern.block for pattern in patterns if pattern is not None}
+    if len(blocks) > 1:
+        raise ValueError(f"Expected conv4_patterns of one block size. Got {sorted(blocks)}.")
+    _check_graph(A, (subsets, joints, joints), alpha=alpha)
+    embedded, wide, alpha, A = _like(wide, embedded, wide, alpha, A)
+    weights, biases = _like(wide, *conv4_weights), _like(wide, *conv4_biases)
+    if backend_for("ctr_aggregate", wide.device, wide.dtype) == "reference":
+        parts = [reference_dynamic.ctr_aggregate(embedded[:, k, 0], embedded[:, k, 1], wide[:, k], weights[k], biases[k], alpha,
+                                                 A[k], patterns[k]) for k in range(subsets)]
+        return parts[0] if subsets == 1 else torch.stack(parts).sum(0)
+    row_ptr = input = None
+    if conv4_patterns is not None:
+        row_ptr, input = _indices(tuple(conv4_patterns))
+    return _CtrAggregate.apply(embedded, wide, torch.cat([weight.flatten() for weight in weights]), torch.stack(biases), alpha, A,
+                               row_ptr, input, [0 if pattern is None else pattern.num_blocks for pattern in patterns],
+                               [*shape, 1], list(blocks.pop() if blocks else _DENSE))
+
+
+_index_cache: WeakIdKeyDictionary = WeakIdKeyDictionary()  # first pattern -> the others, and the indices of all
+
+
+def _indices(patterns: tuple[BlockPattern, ...]) -> tuple[Tensor, Tensor]:
+    """row_ptr (K, rows + 1) and input (all blocks,) of the patterns, one after the other."""
+    kept = _index_cache.get(patterns[0])
+    if kept is None or len(kept[0]) != len(patterns) - 1 or any(a() is not b for a, b in zip(kept[0], patterns[1:], strict=True)):
+        with torch.inference_mode(False):  # what is kept must serve training too
+            both = torch.stack([pattern.row_ptr for pattern in patterns]), torch.cat([pattern.input for pattern in patterns])
+        kept = tuple(map(weakref.ref, patterns[1:])), both
+        _index_cache[patterns[0]] = kept
+    return kept[1]
 
 
 def dg_aggregate(x: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor, A: Tensor) -> Tensor:
@@ -196,17 +256,17 @@ class _AaGraph(torch.autograd.Function):
 
 class _CtrAggregate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x1: Tensor, x2: Tensor, x3: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, A: Tensor,
-                row_ptr: Tensor | None, input: Tensor | None, shape: tuple[int, ...], block: tuple[int, ...]) -> Tensor:
-        arguments = (x1, x2, x3, weight, bias, alpha, A, row_ptr, input)
+    def forward(ctx: Any, embedded: Tensor, wide: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, A: Tensor,
+                row_ptr: Tensor | None, input: Tensor | None, blocks: list[int], shape: list[int], block: list[int]) -> Tensor:
+        arguments = (embedded, wide, weight, bias, alpha, A, row_ptr, input)
         ctx.save_for_backward(*arguments)
-        ctx.sizes = list(shape), list(block)
+        ctx.sizes = blocks, shape, block
         return _ops.ctr_aggregate(*arguments, *ctx.sizes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_ops.ctr_aggregate_backward(dy, *ctx.saved_tensors, *ctx.sizes), None, None, None, None
+        return *_ops.ctr_aggregate_backward(dy, *ctx.saved_tensors, *ctx.sizes), *([None] * 5)
 
 
 class _DgAggregate(torch.autograd.Function):
@@ -222,10 +282,10 @@ class _DgAggregate(torch.autograd.Function):
 
 
 _AA = "Tensor x, Tensor a, Tensor b, Tensor alpha, Tensor A"
-_CTR = ("Tensor x1, Tensor x2, Tensor x3, Tensor weight, Tensor bias, Tensor alpha, Tensor A, Tensor? row_ptr, Tensor? input, "
-        "int[] shape, int[] block")
+_CTR = ("Tensor embedded, Tensor wide, Tensor weight, Tensor bias, Tensor alpha, Tensor A, Tensor? row_ptr, Tensor? input, "
+        "int[] blocks, int[] shape, int[] block")
 _DG = "Tensor x, Tensor x1, Tensor x2, Tensor alpha, Tensor beta, Tensor A"
-for _name, _schema, _gradients in (("aa", _AA, 5), ("ctr", _CTR, 7), ("dg", _DG, 6)):
+for _name, _schema, _gradients in (("aa", _AA, 5), ("ctr", _CTR, 6), ("dg", _DG, 6)):
     LIBRARY.define(f"{_name}_aggregate({_schema}) -> Tensor")
     LIBRARY.define(f"{_name}_aggregate_backward(Tensor dy, {_schema}) -> ({', '.join(['Tensor'] * _gradients)})")
 
@@ -287,7 +347,8 @@ def _fake_aa_graph(embedded: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
 
 @implement("aa_graph", _fake_aa_graph)
 def _aa_graph(embedded: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
-    return _aa_graphs(*embedded.unbind(1), alpha, A)
+    a, b = embedded.unbind(1)
+    return _aa_graphs(a, b, alpha, A)
 
 
 def _fake_aa_graph_backward(dgraphs: Tensor, embedded: Tensor, alpha: Tensor, A: Tensor) -> tuple[Tensor, ...]:
@@ -297,7 +358,8 @@ def _fake_aa_graph_backward(dgraphs: Tensor, embedded: Tensor, alpha: Tensor, A:
 @implement("aa_graph_backward", _fake_aa_graph_backward)
 def _aa_graph_backward(dgraphs: Tensor, embedded: Tensor, alpha: Tensor, A: Tensor) -> tuple[Tensor, ...]:
     dembedded, dalpha, dA = _new(embedded, alpha, A)
-    _aa_graphs_backward(*embedded.unbind(1), alpha, dgraphs.contiguous(), *dembedded.unbind(1), dalpha, dA)
+    (a, b), (da, db) = embedded.unbind(1), dembedded.unbind(1)
+    _aa_graphs_backward(a, b, alpha, dgraphs.contiguous(), da, db, dalpha, dA)
     return dembedded, dalpha, dA
 
 
@@ -321,50 +383,44 @@ def _aa_graphs_backward(a: Tensor, b: Tensor, alpha: Tensor, dgraphs: Tensor, da
         _strides(a, b, da, db), torch.get_num_threads())
 
 
-def _ctr_sizes(x1: Tensor, x3: Tensor) -> list[int]:
-    return [x3.shape[0], 1, x3.shape[1], x1.shape[1], x3.shape[2], x3.shape[3]]
+def _ctr_sizes(embedded: Tensor, wide: Tensor) -> list[int]:
+    batch, subsets, channels, frames, joints = wide.shape
+    return [batch, subsets, channels, embedded.shape[3], frames, joints]
 
 
-def _ctr_pattern(weight: Tensor, row_ptr: Tensor | None, input: Tensor | None, shape: list[int], block: list[int]
-                 ) -> tuple[list[int], list[int]]:
-    return (_native.sizes(shape, block, 0 if row_ptr is None else weight.shape[0]),
-            [_native.address(row_ptr), _native.address(input), 0])
-
-
-def _embedded_strides(x1: Tensor, x2: Tensor) -> list[tuple[int, ...]]:
-    return [(tensor.stride(0), tensor.stride(1), 0, tensor.stride(2)) for tensor in (x1, x2)]
-
-
-def _fake_ctr(x1: Tensor, x2: Tensor, x3: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, A: Tensor,
-              row_ptr: Tensor | None, input: Tensor | None, shape: list[int], block: list[int]) -> Tensor:
-    return _new(x3)[0]
+def _fake_ctr(embedded: Tensor, wide: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, A: Tensor, row_ptr: Tensor | None,
+              input: Tensor | None, blocks: list[int], shape: list[int], block: list[int]) -> Tensor:
+    return wide.new_empty((wide.shape[0], *wide.shape[2:]))
 
 
 @implement("ctr_aggregate", _fake_ctr)
-def _ctr(x1: Tensor, x2: Tensor, x3: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, A: Tensor,
-         row_ptr: Tensor | None, input: Tensor | None, shape: list[int], block: list[int]) -> Tensor:
-    y, = _new(x3)
+def _ctr(embedded: Tensor, wide: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, A: Tensor, row_ptr: Tensor | None,
+         input: Tensor | None, blocks: list[int], shape: list[int], block: list[int]) -> Tensor:
+    y = _fake_ctr(embedded, wide, weight, bias, alpha, A, row_ptr, input, blocks, shape, block)
     weight, bias, A = weight.contiguous(), bias.contiguous(), A.contiguous()
     _native.module.ctr_forward(
-        x3.dtype == torch.float64, _ctr_sizes(x1, x3), *_ctr_pattern(weight, row_ptr, input, shape, block),
-        _addresses(x1, x2, x3, weight, bias, alpha, A, y), [*_embedded_strides(x1, x2), x3.stride()], torch.get_num_threads())
+        wide.dtype == torch.float64, _ctr_sizes(embedded, wide), _native.sizes(shape, block, 0), blocks,
+        [_native.address(row_ptr), _native.address(input)], _addresses(embedded, wide, weight, bias, alpha, A, y),
+        _strides(embedded, wide), torch.get_num_threads())
     return y
 
 
-def _fake_ctr_backward(dy: Tensor, x1: Tensor, x2: Tensor, x3: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, A: Tensor,
-                       row_ptr: Tensor | None, input: Tensor | None, shape: list[int], block: list[int]) -> tuple[Tensor, ...]:
-    return _new(x1, x2, x3, weight, bias, alpha, A)
+def _fake_ctr_backward(dy: Tensor, embedded: Tensor, wide: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, A: Tensor,
+                       row_ptr: Tensor | None, input: Tensor | None, blocks: list[int], shape: list[int], block: list[int]
+                       ) -> tuple[Tensor, ...]:
+    return _new(embedded, wide, weight, bias, alpha, A)
 
 
 @implement("ctr_aggregate_backward", _fake_ctr_backward)
-def _ctr_backward(dy: Tensor, x1: Tensor, x2: Tensor, x3: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, A: Tensor,
-                  row_ptr: Tensor | None, input: Tensor | None, shape: list[int], block: list[int]) -> tuple[Tensor, ...]:
-    gradients = _new(x1, x2, x3, weight, bias, alpha, A)
+def _ctr_backward(dy: Tensor, embedded: Tensor, wide: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, A: Tensor,
+                  row_ptr: Tensor | None, input: Tensor | None, blocks: list[int], shape: list[int], block: list[int]
+                  ) -> tuple[Tensor, ...]:
+    gradients = _new(embedded, wide, weight, bias, alpha, A)
     weight, bias, A = weight.contiguous(), bias.contiguous(), A.contiguous()
     _native.module.ctr_backward(
-        x3.dtype == torch.float64, _ctr_sizes(x1, x3), *_ctr_pattern(weight, row_ptr, input, shape, block),
-        _addresses(x1, x2, x3, weight, bias, alpha, A, dy, *gradients),
-        [*_embedded_strides(x1, x2), x3.stride(), dy.stride()], torch.get_num_threads())
+        wide.dtype == torch.float64, _ctr_sizes(embedded, wide), _native.sizes(shape, block, 0), blocks,
+        [_native.address(row_ptr), _native.address(input)],
+        _addresses(embedded, wide, weight, bias, alpha, A, dy, *gradients), _strides(embedded, wide, dy), torch.get_num_threads())
     return gradients
 
 

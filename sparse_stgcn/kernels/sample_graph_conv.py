@@ -16,8 +16,8 @@ def sample_graph_conv(x: Tensor, values: Tensor, pattern: BlockPattern, graphs: 
                       lasso: Lasso | None = None) -> Tensor:
     """Y[n,o,t,w] = B[o,w] + sum over k, v and live (o,i,k) of W[o,i,k] X[n,i,t,v] G[n,k,v,w], natively on a CPU.
 
-    Shapes: x (N, I, T, V), any strides; values (blocks, bi, bo); graphs (N, K, V, V); offset B (O, V) or None; all of one dtype,
-    which the caller has checked, bfloat16 of x alone is widened. Stored for the backward pass: the arguments.
+    Shapes: x (N, I, T, V), any strides; values (blocks, bi, bo); graphs (N, K, V, V); offset B (O, V) or None; all of
+    one dtype, which the caller has checked, bfloat16 of x alone is widened. Stored for the backward pass: the arguments.
     """
     return _SampleGraphConv.apply(x, values, graphs, offset, pattern.row_ptr, pattern.input, pattern.tap, pattern.shape,
                                   pattern.block, *(lasso or Lasso(None, None)))
