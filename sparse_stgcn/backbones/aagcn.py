@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import attend
+from ..kernels.dispatch import runs_natively
 from ..kernels.dynamic import aa_aggregate
 from ..layers import SparseConv2d, TemporalUnit, joined, normalise
 from ..skeleton import Skeleton
@@ -68,6 +70,10 @@ class AdaptiveGraphUnit(nn.Module):
         return self._attend(y) if self.attention else y
 
     def _attend(self, y: Tensor) -> Tensor:
+        layers = (self.conv_sa, self.conv_ta, self.fc1c, self.fc2c)
+        watched = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+        if not watched and not torch.is_autocast_enabled(y.device.type) and runs_natively("attend", y):
+            return attend(y, *(p for layer in layers for p in (layer.weight, layer.bias)))  # type: ignore[arg-type]
         y = y * (1 + torch.sigmoid(self.conv_sa(y.mean(2)))).unsqueeze(2)
         y = y * (1 + torch.sigmoid(self.conv_ta(y.mean(3)))).unsqueeze(3)
         squeezed = torch.sigmoid(self.fc2c(F.relu(self.fc1c(y.mean((2, 3))))))
