@@ -61,6 +61,16 @@ View<S> plane(Address data, const Sizes& stride) {
   return {(S*)data, {stride[0], stride[1], 0, 0}};
 }
 
+AttendShape attend_shape(const std::array<int64_t, 7>& size) {
+  return {size[0], size[1], size[2], size[3], size[4], size[5], size[6]};
+}
+
+// Eight addresses in a row.
+template <class P>
+AttendParameters<P> attend_parameters(const Address* t) {
+  return {(P)t[0], (P)t[1], (P)t[2], (P)t[3], (P)t[4], (P)t[5], (P)t[6], (P)t[7]};
+}
+
 TemporalShape temporal_shape(const Sizes& size) { return {size[0], size[1], size[2], size[3], size[4], size[5]}; }
 
 template <class S>
@@ -354,6 +364,21 @@ PYBIND11_MODULE(_native, m) {
       ops.norm_backward({size[0], size[1], size[2]}, plane<const S>(t[0], stride[0]), plane<const S>(t[1], stride[1]),
                         plane<const S>(t[2], stride[2]), (const S*)t[3], (const S*)t[4], (const S*)t[5], (const S*)t[6], open,
                         plane<S>(t[7], stride[3]), plane<S>(t[8], stride[4]), (S*)t[9], (S*)t[10], threads);
+    });
+  });
+
+  // AA-GCN's attention: size = AttendShape in order; then y, the eight parameters in order, and the results.
+  m.def("attend_forward", [](bool is_double, const std::array<int64_t, 7>& size, const Addresses& t, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.attend_forward(attend_shape(size), (const S*)t[0], attend_parameters<const S*>(&t[1]), (S*)t[9], (S*)t[10], threads);
+    });
+  });
+  m.def("attend_backward", [](bool is_double, const std::array<int64_t, 7>& size, const Addresses& t, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.attend_backward(attend_shape(size), (const S*)t[0], (const S*)t[1], attend_parameters<const S*>(&t[2]), (const S*)t[10],
+                          (S*)t[11], attend_parameters<S*>(&t[12]), threads);
     });
   });
 

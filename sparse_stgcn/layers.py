@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import math
-import os
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .kernels import BlockPattern, _native, graph_conv, norm, temporal_conv
-from .kernels.dispatch import choose
+from .kernels import BlockPattern, graph_conv, norm, temporal_conv
+from .kernels.dispatch import runs_natively
 
 __all__ = ["SparseConv2d", "TemporalUnit", "Units", "joined", "normalise", "pointwise_unit", "run_units", "stacked",
            "sum_over_graphs"]
@@ -333,9 +332,7 @@ def _fuses(bn: nn.Module, x: Tensor) -> bool:
         return False
     if bn.weight.dtype != x.dtype or x.numel() < 2 * x.shape[1] or torch.is_autocast_enabled(x.device.type):
         return False
-    forced = os.environ.get("SPARSE_STGCN_BACKEND") or None
-    return x.device.type == "cpu" and choose(
-        "norm", "cpu", x.dtype, forced=forced, native_available=_native.module is not None).backend == "native"
+    return runs_natively("norm", x)
 
 
 def _fused(norms: list[nn.BatchNorm2d], xs: list[Tensor], residual: Tensor | None, relu: bool,

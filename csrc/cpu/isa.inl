@@ -16,6 +16,7 @@
 #include "dynamic_ctr.inl"
 #include "dynamic_dg.inl"
 #include "norm.inl"
+#include "attend.inl"
 #include "fused.inl"
 #include "fused_product.inl"
 #include "fused_branches.inl"
@@ -31,5 +32,5 @@ constexpr Ops<S> ops() {
           graph_dx<S>,         graph_dw<S>,    sample_graph_forward<S>, sample_graph_dx<S>,
           sample_graph_dw<S>, sample_product<S>, sample_product_backward<S>, lasso_square<S>, lasso_gradient<S>,
           aa_graphs<S>,        aa_graphs_backward<S>, ctr_forward<S>, ctr_backward<S>, dg_forward<S>, dg_backward<S>,
-          norm_forward<S>,     norm_backward<S>};
+          norm_forward<S>,     norm_backward<S>, attend_forward<S>,   attend_backward<S>};
 }

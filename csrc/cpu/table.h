@@ -57,6 +57,22 @@ struct NormShape {
   int64_t N, C, P;
 };
 
+// AA-GCN's attention of y (N, C, T, V), contiguous: taps of the convolutions along joints and frames, H hidden units.
+struct AttendShape {
+  int64_t N, C, T, V, joint_taps, frame_taps, H;
+  int64_t state() const { return C * (V + T + 2) + H + V + T; }  // numbers a sample that the backward pass needs
+};
+
+// joint (C, joint_taps), frame (C, frame_taps), fc1 (H, C), fc2 (C, H) with a bias each, all contiguous.
+template <class P>
+struct AttendParameters {
+  P joint, joint_bias, frame, frame_bias, fc1, fc1_bias, fc2, fc2_bias;
+};
+template <class S>
+using AttendWeights = AttendParameters<const S*>;
+template <class S>
+using AttendGradients = AttendParameters<S*>;
+
 template <class S>
 struct Ops {
   void (*temporal_forward)(const TemporalShape&, const Pattern&, View<const S> x, const S* values, const S* bias, S* y,
@@ -108,6 +124,10 @@ struct Ops {
   void (*norm_backward)(const NormShape&, View<const S> dy, View<const S> x, View<const S> y, const S* gamma, const S* beta,
                         const S* mean, const S* rstd, bool open, View<S> dx, View<S> dresidual, S* dgamma, S* dbeta,
                         int threads);
+
+  void (*attend_forward)(const AttendShape&, const S* y, const AttendWeights<S>&, S* out, S* state, int threads);
+  void (*attend_backward)(const AttendShape&, const S* y, const S* dout, const AttendWeights<S>&, const S* state, S* dy,
+                          const AttendGradients<S>&, int threads);
 };
 
 struct Table {

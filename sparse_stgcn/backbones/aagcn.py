@@ -2,11 +2,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import attend
+from ..kernels.dispatch import runs_natively
 from ..kernels.dynamic import aa_graph
 from ..layers import SparseConv2d, TemporalUnit, normalise, stacked, sum_over_graphs
 from ..skeleton import Skeleton
@@ -58,7 +61,8 @@ class AdaptiveGraphUnit(nn.Module):
             nn.init.kaiming_normal_(self.fc1c.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        conv_a, conv_b, conv_d = (list(convs) for convs in (self.conv_a, self.conv_b, self.conv_d))
+        convs: Any = (self.conv_a, self.conv_b, self.conv_d)
+        conv_a, conv_b, conv_d = map(list, convs)
         embedded = stacked([*conv_a, *conv_b], x)
         graphs = aa_graph(embedded.unflatten(1, (2, len(conv_d), -1)), self.alpha, self.A)
         y = sum_over_graphs(conv_d, x, graphs)
@@ -66,6 +70,10 @@ class AdaptiveGraphUnit(nn.Module):
         return self._attend(y) if self.attention else y
 
     def _attend(self, y: Tensor) -> Tensor:
+        layers = (self.conv_sa, self.conv_ta, self.fc1c, self.fc2c)
+        watched = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+        if not watched and not torch.is_autocast_enabled(y.device.type) and runs_natively("attend", y):
+            return attend(y, *(p for layer in layers for p in (layer.weight, layer.bias)))  # type: ignore[arg-type]
         y = y * (1 + torch.sigmoid(self.conv_sa(y.mean(2)))).unsqueeze(2)
         y = y * (1 + torch.sigmoid(self.conv_ta(y.mean(3)))).unsqueeze(3)
         squeezed = torch.sigmoid(self.fc2c(F.relu(self.fc1c(y.mean((2, 3))))))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from ._library import Lasso
+from .attend import attend
 from .dispatch import backends
 from .graph_conv import Support, graph_conv
 from .group_lasso import group_lasso, lasso_terms
@@ -9,5 +10,5 @@ from .norm import norm
 from .pattern import BlockPattern
 from .temporal_conv import temporal_conv
 
-__all__ = ["BlockPattern", "Lasso", "Support", "backends", "graph_conv", "group_lasso", "lasso_terms", "norm",
+__all__ = ["BlockPattern", "Lasso", "Support", "attend", "backends", "graph_conv", "group_lasso", "lasso_terms", "norm",
            "temporal_conv"]

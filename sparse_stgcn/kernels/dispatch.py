@@ -83,6 +83,13 @@ def backend_for(op: str, device: torch.device, dtype: torch.dtype, adjacency_dim
     return choice.backend
 
 
+def runs_natively(op: str, x: torch.Tensor) -> bool:
+    """Whether the CPU kernel of ``op`` runs on x in this process: asked where torch's own layers are as good a fallback."""
+    forced = os.environ.get("SPARSE_STGCN_BACKEND") or None
+    return x.device.type == "cpu" and choose(
+        op, "cpu", x.dtype, forced=forced, native_available=_native.module is not None).backend == "native"
+
+
 def backends() -> dict[str, str]:
     """Each backend's name with "available ..." or the reason why it is not."""
     report = {"reference": "available (dense PyTorch, any device and dtype)", "native": _native.reason}

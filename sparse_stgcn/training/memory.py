@@ -15,8 +15,8 @@ def keep_freed_memory(limit: int = 2**31 - 1) -> bool:
     """Let glibc's malloc keep up to ``limit`` freed bytes instead of returning them after every layer.
 
     Activations of 10 MB are otherwise unmapped and mapped again many times in a step, and each of their pages is a fault and
-    a page of zeros to write: up to 110 thousand faults in a step of an ST-GCN. The first ``limit`` bytes may lie in huge pages
-    where Linux offers them ("madvise"): they are reserved, not used. For the whole process. True if the C library has the
+    a page of zeros to write: up to 110 thousand faults in a step of an ST-GCN. Half of ``limit`` is reserved, not
+    used, in huge pages where Linux offers them ("madvise"). For the whole process. True if the C library has the
     setting, which glibc alone does.
     """
     try:
@@ -25,9 +25,9 @@ def keep_freed_memory(limit: int = 2**31 - 1) -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     kept = bool(mallopt(_MMAP_THRESHOLD, min(limit, 2**30)) and mallopt(_TRIM_THRESHOLD, limit))
-    if kept and mallopt(_TOP_PAD, limit):
+    if kept and mallopt(_TOP_PAD, limit // 2):
         libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-        libc.free(libc.malloc(min(limit, 2**26)))  # the heap grows by the limit at once
+        libc.free(libc.malloc(min(limit // 4, 2**26)))  # the heap grows by the pad at once, and is not trimmed below it
         mallopt(_TOP_PAD, _USUAL_PAD)
         _allow_huge_pages(libc)
     return kept
