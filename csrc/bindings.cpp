@@ -205,6 +205,16 @@ PYBIND11_MODULE(_native, m) {
     });
   });
 
+  m.def("pointwise_backward", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
+                                 Address x, const Sizes& x_stride, Address dy, const Sizes& dy_stride, Address masked,
+                                 Address values, double scale, Address dx, Address dw, Address dbias, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.pointwise_backward(temporal_shape(shape), pattern(size, index), view<S>(x, x_stride), view<S>(dy, dy_stride),
+                             lasso<S>(masked, values, scale), (S*)dx, (S*)dw, (S*)dbias, threads);
+    });
+  });
+
   // Graph convolution: shape = (N, T, V, K, entries); adjacency = addresses of ptr, src.
   m.def("graph_forward", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
                             const std::array<Address, 2>& adjacency, Address x, const Sizes& x_stride, Address values, Address coef,

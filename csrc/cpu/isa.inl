@@ -6,6 +6,7 @@
 #include "transposed.inl"
 #include "temporal_columns.inl"
 #include "temporal_conv.inl"
+#include "pointwise_backward.inl"
 #include "adjacency.inl"
 #include "graph_conv.inl"
 #include "group_lasso.inl"
@@ -28,7 +29,7 @@
 
 template <class S>
 constexpr Ops<S> ops() {
-  return {temporal_forward<S>, temporal_dx<S>, temporal_dw<S>, graph_forward<S>,
+  return {temporal_forward<S>, temporal_dx<S>, temporal_dw<S>, pointwise_backward<S>, graph_forward<S>,
           graph_dx<S>,         graph_dw<S>,    sample_graph_forward<S>, sample_graph_dx<S>,
           sample_graph_dw<S>, sample_product<S>, sample_product_backward<S>, lasso_square<S>, lasso_gradient<S>,
           aa_graphs<S>,        aa_graphs_backward<S>, ctr_forward<S>, ctr_backward<S>, dg_forward<S>, dg_backward<S>,

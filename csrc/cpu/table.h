@@ -80,6 +80,9 @@ struct Ops {
   void (*temporal_dx)(const TemporalShape&, const Pattern&, View<const S> dy, const S* values, S* dx, int threads);
   void (*temporal_dw)(const TemporalShape&, const Pattern&, View<const S> x, View<const S> dy, const Lasso<S>&, S* dw,
                       S* dbias, int threads);
+  // 1 x 1, stride 1: both gradients; the weights are those of the lasso, whose term is optional.
+  void (*pointwise_backward)(const TemporalShape&, const Pattern&, View<const S> x, View<const S> dy, const Lasso<S>&, S* dx,
+                             S* dw, S* dbias, int threads);
   void (*graph_forward)(int64_t N, int64_t T, const Pattern&, const Adjacency&, View<const S> x, const S* values,
                         const S* coef, const S* bias_map, S* y, int threads);
   void (*graph_dx)(int64_t N, int64_t T, const Pattern&, const Adjacency&, View<const S> x, View<const S> dy,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.dynamic import ctr_aggregate_sum
+from ..kernels.ctr import ctr_aggregate_sum
 from ..layers import SparseConv2d, normalise, stacked
 from ..skeleton import Skeleton
 from .base import Backbone, graph_parameter, init_fan_out, shortcut
@@ -18,7 +18,7 @@ _TEMPORAL = ("branched", "mixed")
 
 
 class ChannelGraph(nn.Module):
-    """The convolutions of one subset of CTR-GCN, see ``kernels.dynamic.ctr_aggregate_sum``."""
+    """The convolutions of one subset of CTR-GCN, see ``kernels.ctr.ctr_aggregate_sum``."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()

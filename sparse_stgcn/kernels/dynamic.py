@@ -1,28 +1,24 @@
-"""Products with graphs that depend on the sample: the aggregations of AA-GCN, CTR-GCN and DG-STGCN.
+"""Products with graphs that depend on the sample: the aggregations of AA-GCN and DG-STGCN; that of CTR-GCN is in ctr.py.
 
 Everywhere index v is the joint that sends and w the joint that receives: out[w] = sum over v of in[v] G[v, w].
-Definition: reference_dynamic.py; native code: csrc/cpu/dynamic_aa.inl, dynamic_ctr.inl, dynamic_dg.inl.
+Definition: reference_dynamic.py; native code: csrc/cpu/dynamic_aa.inl, dynamic_dg.inl.
 
 Natively a graph is made where it is used, one or eight at a time, and made again in the backward pass: for that the arguments
 are stored and nothing else. tanh has an absolute error of 3 eps, which is what a sum of numbers of size 1 can use.
 """
 from __future__ import annotations
 
-import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _native, reference_dynamic
 from ._library import LIBRARY, implement
 from .dispatch import backend_for
-from .pattern import BlockPattern
 
-__all__ = ["aa_aggregate", "aa_graph", "ctr_aggregate", "ctr_aggregate_sum", "dg_aggregate"]
+__all__ = ["aa_aggregate", "aa_graph", "dg_aggregate"]
 
 _ops = torch.ops.sparse_stgcn
 
@@ -51,8 +47,8 @@ def aa_aggregate(x: Tensor, a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> T
     if x.dim() != 4 or a.dim() != 4 or a.shape != b.shape or (a.shape[0], *a.shape[2:]) != (x.shape[0], *x.shape[2:]):
         raise ValueError("Expected x of shape (N, C, T, V), a and b of shape (N, R, T, V). "
                          f"Got {tuple(x.shape)}, {tuple(a.shape)} and {tuple(b.shape)}.")
-    _check_graph(A, (x.shape[3], x.shape[3]), alpha=alpha)
-    arguments = _like(x, x, a, b, alpha, A)
+    check_graph(A, (x.shape[3], x.shape[3]), alpha=alpha)
+    arguments = like(x, x, a, b, alpha, A)
     if backend_for("aa_aggregate", x.device, x.dtype) == "reference":
         return reference_dynamic.aa_aggregate(*arguments)
     return _AaAggregate.apply(*arguments)
@@ -77,112 +73,11 @@ def aa_graph(embedded: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
     if embedded.dim() != 6 or embedded.shape[1] != 2:
         raise ValueError(f"Expected embedded of shape (N, 2, K, R, T, V). Got {tuple(embedded.shape)}.")
     joints = embedded.shape[5]
-    _check_graph(A, (embedded.shape[2], joints, joints), alpha=alpha)
-    arguments = _like(embedded, embedded, alpha, A)
+    check_graph(A, (embedded.shape[2], joints, joints), alpha=alpha)
+    arguments = like(embedded, embedded, alpha, A)
     if backend_for("aa_graph", embedded.device, embedded.dtype) == "reference":
         return reference_dynamic.aa_graph(*arguments)
     return _AaGraph.apply(*arguments)
-
-
-def ctr_aggregate(x1: Tensor, x2: Tensor, x3: Tensor, conv4_weight: Tensor, conv4_bias: Tensor, alpha: Tensor,
-                  A: Tensor, conv4_pattern: BlockPattern | None = None) -> Tensor:
-    """out[n,c,t,w] = sum over v of x3[n,c,t,v] G[n,c,v,w]: ``ctr_aggregate_sum`` of one subset.
-
-    Args:
-        x1, x2: (N, R, V), the embedded means over time, any strides.
-        x3: (N, C, T, V), any strides.
-        conv4_weight: W4 (C, R), or its live blocks (blocks, bi, bo) where ``conv4_pattern`` is given.
-        conv4_bias: b4 (C,).
-        alpha: one number.
-        A: (V, V), the same for all samples and channels.
-        conv4_pattern: of shape (C, R, 1).
-
-    Returns:
-        (N, C, T, V), contiguous.
-
-    Raises:
-        ValueError: a shape does not fit.
-    """
-    if x3.dim() != 4 or x1.dim() != 3 or x1.shape != x2.shape or (x1.shape[0], x1.shape[2]) != (x3.shape[0], x3.shape[3]):
-        raise ValueError("Expected x1 and x2 of shape (N, R, V), x3 of shape (N, C, T, V). "
-                         f"Got {tuple(x1.shape)}, {tuple(x2.shape)} and {tuple(x3.shape)}.")
-    _check_graph(A, (x3.shape[3], x3.shape[3]), alpha=alpha)
-    return ctr_aggregate_sum(torch.stack([x1, x2], 1)[:, None], x3[:, None], [conv4_weight], [conv4_bias], alpha, A[None],
-                             None if conv4_pattern is None else [conv4_pattern])
-
-
-def ctr_aggregate_sum(embedded: Tensor, wide: Tensor, conv4_weights: Sequence[Tensor], conv4_biases: Sequence[Tensor],
-                      alpha: Tensor, A: Tensor, conv4_patterns: Sequence[BlockPattern] | None = None) -> Tensor:
-    """out[n,c,t,w] = sum over k, v of x3[n,k,c,t,v] G[n,k,c,v,w], with a graph of its own for every channel.
-
-    G[n,k,c,v,w] = A[k,v,w] + alpha (b4_k[c] + sum over r of W4_k[c,r] tanh(x1[n,k,r,v] - x2[n,k,r,w])): the refined
-    topology of CTR-GCN (Chen et al. 2021, Eq. 2-3) as PYSKL orients it, summed over the subsets k.
-
-    Args:
-        embedded: (N, K, 2, R, V), x1 and x2: the embedded means over time, any strides.
-        wide: (N, K, C, T, V), x3, any strides.
-        conv4_weights: of each subset W4 (C, R), or its live blocks (blocks, bi, bo) where ``conv4_patterns`` is given.
-        conv4_biases: of each subset b4 (C,).
-        alpha: one number.
-        A: (K, V, V), the same for all samples and channels.
-        conv4_patterns: of shape (C, R, 1) and one block size.
-
-    Returns:
-        (N, C, T, V), contiguous.
-
-    Stored for the backward pass: the arguments only. Natively a thread holds the tanh maps (V, V) of one sample and subset, of
-    those r only that a live block reads, and the graphs of eight channels; in the reference the maps (N, R, V, V) and the graphs
-    (N, C, V, V) of a subset exist during either pass.
-
-    Raises:
-        ValueError: a shape does not fit, or the block sizes differ.
-    """
-    if wide.dim() != 5 or embedded.dim() != 5 or embedded.shape[2] != 2 or (
-            *embedded.shape[:2], embedded.shape[4]) != (*wide.shape[:2], wide.shape[4]):
-        raise ValueError("Expected embedded of shape (N, K, 2, R, V), wide of shape (N, K, C, T, V). "
-                         f"Got {tuple(embedded.shape)} and {tuple(wide.shape)}.")
-    subsets, joints, shape = wide.shape[1], wide.shape[4], (wide.shape[2], embedded.shape[3])
-    patterns = [None] * subsets if conv4_patterns is None else list(conv4_patterns)
-    if not len(conv4_weights) == len(conv4_biases) == len(patterns) == subsets:
-        raise ValueError(f"Expected weights, biases and patterns of {subsets} subsets. "
-                         f"Got {len(conv4_weights)}, {len(conv4_biases)} and {len(patterns)}.")
-    for weight, bias, pattern in zip(conv4_weights, conv4_biases, patterns, strict=True):
-        if pattern is not None and pattern.shape != (*shape, 1):
-            raise ValueError(f"Expected conv4_pattern of shape (C, R, 1) = {(*shape, 1)}. Got {pattern.shape}.")
-        wanted = shape if pattern is None else pattern.values_shape
-        if tuple(weight.shape) != wanted or tuple(bias.shape) != shape[:1]:
-            raise ValueError(f"Expected conv4_weight of shape {wanted} and conv4_bias of shape {shape[:1]}. "
-                             f"Got {tuple(weight.shape)} and {tuple(bias.shape)}.")
-    blocks = {pattern.block for pattern in patterns if pattern is not None}
-    if len(blocks) > 1:
-        raise ValueError(f"Expected conv4_patterns of one block size. Got {sorted(blocks)}.")
-    _check_graph(A, (subsets, joints, joints), alpha=alpha)
-    embedded, wide, alpha, A = _like(wide, embedded, wide, alpha, A)
-    weights, biases = _like(wide, *conv4_weights), _like(wide, *conv4_biases)
-    if backend_for("ctr_aggregate", wide.device, wide.dtype) == "reference":
-        parts = [reference_dynamic.ctr_aggregate(embedded[:, k, 0], embedded[:, k, 1], wide[:, k], weights[k], biases[k], alpha,
-                                                 A[k], patterns[k]) for k in range(subsets)]
-        return parts[0] if subsets == 1 else torch.stack(parts).sum(0)
-    row_ptr = input = None
-    if conv4_patterns is not None:
-        row_ptr, input = _indices(tuple(conv4_patterns))
-    return _CtrAggregate.apply(embedded, wide, torch.cat([weight.flatten() for weight in weights]), torch.stack(biases), alpha, A,
-                               row_ptr, input, [0 if pattern is None else pattern.num_blocks for pattern in patterns],
-                               [*shape, 1], list(blocks.pop() if blocks else _DENSE))
-
-
-_index_cache: WeakIdKeyDictionary = WeakIdKeyDictionary()  # first pattern -> the others, and the indices of all
-
-
-def _indices(patterns: tuple[BlockPattern, ...]) -> tuple[Tensor, Tensor]:
-    """row_ptr (K, rows + 1) and input (all blocks,) of the patterns, one after the other."""
-    kept = _index_cache.get(patterns[0])
-    if kept is None or len(kept[0]) != len(patterns) - 1 or any(a() is not b for a, b in zip(kept[0], patterns[1:], strict=True)):
-        with torch.inference_mode(False):  # what is kept must serve training too
-            both = torch.stack([pattern.row_ptr for pattern in patterns]), torch.cat([pattern.input for pattern in patterns])
-        kept = tuple(map(weakref.ref, patterns[1:])), both
-        _index_cache[patterns[0]] = kept
-    return kept[1]
 
 
 def dg_aggregate(x: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor, A: Tensor) -> Tensor:
@@ -210,14 +105,14 @@ def dg_aggregate(x: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor,
     if x.dim() != 5 or x1.shape != x2.shape or tuple(x1.shape) != (*x.shape[:3], x.shape[4]):
         raise ValueError("Expected x of shape (N, K, C, T, V), x1 and x2 of shape (N, K, C, V). "
                          f"Got {tuple(x.shape)}, {tuple(x1.shape)} and {tuple(x2.shape)}.")
-    _check_graph(A, (x.shape[1], x.shape[4], x.shape[4]), alpha=alpha, beta=beta)
-    arguments = _like(x, x, x1, x2, alpha, beta, A)
+    check_graph(A, (x.shape[1], x.shape[4], x.shape[4]), alpha=alpha, beta=beta)
+    arguments = like(x, x, x1, x2, alpha, beta, A)
     if backend_for("dg_aggregate", x.device, x.dtype) == "reference":
         return reference_dynamic.dg_aggregate(*arguments)
     return _DgAggregate.apply(*arguments)
 
 
-def _check_graph(A: Tensor, shape: tuple[int, ...], **scales: Tensor) -> None:
+def check_graph(A: Tensor, shape: tuple[int, ...], **scales: Tensor) -> None:
     if tuple(A.shape) != shape:
         raise ValueError(f"Expected A of shape {shape}. Got {tuple(A.shape)}.")
     for name, scale in scales.items():
@@ -225,7 +120,7 @@ def _check_graph(A: Tensor, shape: tuple[int, ...], **scales: Tensor) -> None:
             raise ValueError(f"Expected {name} to be one number. Got shape {tuple(scale.shape)}.")
 
 
-def _like(x: Tensor, *tensors: Tensor) -> list[Tensor]:
+def like(x: Tensor, *tensors: Tensor) -> list[Tensor]:
     """The tensors in the dtype of ``x``: under autocast parameters are float32 beside half-precision activations."""
     return [tensor.to(x.dtype) for tensor in tensors]
 
@@ -254,21 +149,6 @@ class _AaGraph(torch.autograd.Function):
         return _ops.aa_graph_backward(dgraphs, *ctx.saved_tensors)
 
 
-class _CtrAggregate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, embedded: Tensor, wide: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, A: Tensor,
-                row_ptr: Tensor | None, input: Tensor | None, blocks: list[int], shape: list[int], block: list[int]) -> Tensor:
-        arguments = (embedded, wide, weight, bias, alpha, A, row_ptr, input)
-        ctx.save_for_backward(*arguments)
-        ctx.sizes = blocks, shape, block
-        return _ops.ctr_aggregate(*arguments, *ctx.sizes)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_ops.ctr_aggregate_backward(dy, *ctx.saved_tensors, *ctx.sizes), *([None] * 5)
-
-
 class _DgAggregate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Tensor) -> Tensor:
@@ -282,10 +162,8 @@ class _DgAggregate(torch.autograd.Function):
 
 
 _AA = "Tensor x, Tensor a, Tensor b, Tensor alpha, Tensor A"
-_CTR = ("Tensor embedded, Tensor wide, Tensor weight, Tensor bias, Tensor alpha, Tensor A, Tensor? row_ptr, Tensor? input, "
-        "int[] blocks, int[] shape, int[] block")
 _DG = "Tensor x, Tensor x1, Tensor x2, Tensor alpha, Tensor beta, Tensor A"
-for _name, _schema, _gradients in (("aa", _AA, 5), ("ctr", _CTR, 6), ("dg", _DG, 6)):
+for _name, _schema, _gradients in (("aa", _AA, 5), ("dg", _DG, 6)):
     LIBRARY.define(f"{_name}_aggregate({_schema}) -> Tensor")
     LIBRARY.define(f"{_name}_aggregate_backward(Tensor dy, {_schema}) -> ({', '.join(['Tensor'] * _gradients)})")
 
@@ -293,28 +171,26 @@ _EMBEDDED = "Tensor embedded, Tensor alpha, Tensor A"
 LIBRARY.define(f"aa_graph({_EMBEDDED}) -> Tensor")
 LIBRARY.define(f"aa_graph_backward(Tensor dgraphs, {_EMBEDDED}) -> (Tensor, Tensor, Tensor)")
 
-_DENSE = (8, 1)  # a dense W4 is taken in rows of eight channels, which share each map that is read
 
-
-def _new(*tensors: Tensor) -> tuple[Tensor, ...]:
+def new(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors)
 
 
-def _addresses(*tensors: Tensor) -> list[int]:
+def addresses(*tensors: Tensor) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors]
 
 
-def _strides(*tensors: Tensor) -> list[tuple[int, ...]]:
+def strides(*tensors: Tensor) -> list[tuple[int, ...]]:
     return [tensor.stride() for tensor in tensors]
 
 
 def _fake_aa(x: Tensor, a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
-    return _new(x)[0]
+    return new(x)[0]
 
 
 @implement("aa_aggregate", _fake_aa)
 def _aa(x: Tensor, a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
-    (y,), graphs = _new(x), _aa_graphs(a[:, None], b[:, None], alpha, A[None])
+    (y,), graphs = new(x), _aa_graphs(a[:, None], b[:, None], alpha, A[None])
     _native.module.sample_product(x.dtype == torch.float64, _aa_sizes(x), x.data_ptr(), x.stride(), graphs.data_ptr(),
                                   y.data_ptr(), torch.get_num_threads())
     return y
@@ -325,12 +201,12 @@ def _aa_sizes(x: Tensor) -> list[int]:
 
 
 def _fake_aa_backward(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> tuple[Tensor, ...]:
-    return _new(x, a, b, alpha, A)
+    return new(x, a, b, alpha, A)
 
 
 @implement("aa_aggregate_backward", _fake_aa_backward)
 def _aa_backward(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> tuple[Tensor, ...]:
-    dx, da, db, dalpha, dA = _new(x, a, b, alpha, A)
+    dx, da, db, dalpha, dA = new(x, a, b, alpha, A)
     a, b, shared = a[:, None], b[:, None], A[None]
     graphs = _aa_graphs(a, b, alpha, shared)
     dgraphs = torch.empty_like(graphs)
@@ -352,12 +228,12 @@ def _aa_graph(embedded: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
 
 
 def _fake_aa_graph_backward(dgraphs: Tensor, embedded: Tensor, alpha: Tensor, A: Tensor) -> tuple[Tensor, ...]:
-    return _new(embedded, alpha, A)
+    return new(embedded, alpha, A)
 
 
 @implement("aa_graph_backward", _fake_aa_graph_backward)
 def _aa_graph_backward(dgraphs: Tensor, embedded: Tensor, alpha: Tensor, A: Tensor) -> tuple[Tensor, ...]:
-    dembedded, dalpha, dA = _new(embedded, alpha, A)
+    dembedded, dalpha, dA = new(embedded, alpha, A)
     (a, b), (da, db) = embedded.unbind(1), dembedded.unbind(1)
     _aa_graphs_backward(a, b, alpha, dgraphs.contiguous(), da, db, dalpha, dA)
     return dembedded, dalpha, dA
@@ -371,7 +247,7 @@ def _graph_sizes(a: Tensor) -> list[int]:
 def _aa_graphs(a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
     """(N, K, V, V) of a and b (N, K, R, T, V)."""
     graphs, A = a.new_empty((a.shape[0], *A.shape)), A.contiguous()
-    _native.module.aa_graphs(a.dtype == torch.float64, _graph_sizes(a), _addresses(a, b, alpha, A, graphs), _strides(a, b),
+    _native.module.aa_graphs(a.dtype == torch.float64, _graph_sizes(a), addresses(a, b, alpha, A, graphs), strides(a, b),
                              torch.get_num_threads())
     return graphs
 
@@ -379,49 +255,8 @@ def _aa_graphs(a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
 def _aa_graphs_backward(a: Tensor, b: Tensor, alpha: Tensor, dgraphs: Tensor, da: Tensor, db: Tensor, dalpha: Tensor,
                         dA: Tensor) -> None:
     _native.module.aa_graphs_backward(
-        a.dtype == torch.float64, _graph_sizes(a), _addresses(a, b, alpha, dgraphs, da, db, dalpha, dA),
-        _strides(a, b, da, db), torch.get_num_threads())
-
-
-def _ctr_sizes(embedded: Tensor, wide: Tensor) -> list[int]:
-    batch, subsets, channels, frames, joints = wide.shape
-    return [batch, subsets, channels, embedded.shape[3], frames, joints]
-
-
-def _fake_ctr(embedded: Tensor, wide: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, A: Tensor, row_ptr: Tensor | None,
-              input: Tensor | None, blocks: list[int], shape: list[int], block: list[int]) -> Tensor:
-    return wide.new_empty((wide.shape[0], *wide.shape[2:]))
-
-
-@implement("ctr_aggregate", _fake_ctr)
-def _ctr(embedded: Tensor, wide: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, A: Tensor, row_ptr: Tensor | None,
-         input: Tensor | None, blocks: list[int], shape: list[int], block: list[int]) -> Tensor:
-    y = _fake_ctr(embedded, wide, weight, bias, alpha, A, row_ptr, input, blocks, shape, block)
-    weight, bias, A = weight.contiguous(), bias.contiguous(), A.contiguous()
-    _native.module.ctr_forward(
-        wide.dtype == torch.float64, _ctr_sizes(embedded, wide), _native.sizes(shape, block, 0), blocks,
-        [_native.address(row_ptr), _native.address(input)], _addresses(embedded, wide, weight, bias, alpha, A, y),
-        _strides(embedded, wide), torch.get_num_threads())
-    return y
-
-
-def _fake_ctr_backward(dy: Tensor, embedded: Tensor, wide: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, A: Tensor,
-                       row_ptr: Tensor | None, input: Tensor | None, blocks: list[int], shape: list[int], block: list[int]
-                       ) -> tuple[Tensor, ...]:
-    return _new(embedded, wide, weight, bias, alpha, A)
-
-
-@implement("ctr_aggregate_backward", _fake_ctr_backward)
-def _ctr_backward(dy: Tensor, embedded: Tensor, wide: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, A: Tensor,
-                  row_ptr: Tensor | None, input: Tensor | None, blocks: list[int], shape: list[int], block: list[int]
-                  ) -> tuple[Tensor, ...]:
-    gradients = _new(embedded, wide, weight, bias, alpha, A)
-    weight, bias, A = weight.contiguous(), bias.contiguous(), A.contiguous()
-    _native.module.ctr_backward(
-        wide.dtype == torch.float64, _ctr_sizes(embedded, wide), _native.sizes(shape, block, 0), blocks,
-        [_native.address(row_ptr), _native.address(input)],
-        _addresses(embedded, wide, weight, bias, alpha, A, dy, *gradients), _strides(embedded, wide, dy), torch.get_num_threads())
-    return gradients
+        a.dtype == torch.float64, _graph_sizes(a), addresses(a, b, alpha, dgraphs, da, db, dalpha, dA),
+        strides(a, b, da, db), torch.get_num_threads())
 
 
 def _dg_sizes(x: Tensor) -> list[int]:
@@ -430,26 +265,26 @@ def _dg_sizes(x: Tensor) -> list[int]:
 
 
 def _fake_dg(x: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor, A: Tensor) -> Tensor:
-    return _new(x)[0]
+    return new(x)[0]
 
 
 @implement("dg_aggregate", _fake_dg)
 def _dg(x: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor, A: Tensor) -> Tensor:
     y, A = _fake_dg(x, x1, x2, alpha, beta, A), A.contiguous()
-    _native.module.dg_forward(x.dtype == torch.float64, _dg_sizes(x), _addresses(x, x1, x2, alpha, beta, A, y),
-                              _strides(x, x1, x2), torch.get_num_threads())
+    _native.module.dg_forward(x.dtype == torch.float64, _dg_sizes(x), addresses(x, x1, x2, alpha, beta, A, y),
+                              strides(x, x1, x2), torch.get_num_threads())
     return y
 
 
 def _fake_dg_backward(dy: Tensor, x: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor, A: Tensor
                       ) -> tuple[Tensor, ...]:
-    return _new(x, x1, x2, alpha, beta, A)
+    return new(x, x1, x2, alpha, beta, A)
 
 
 @implement("dg_aggregate_backward", _fake_dg_backward)
 def _dg_backward(dy: Tensor, x: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor, A: Tensor) -> tuple[Tensor, ...]:
     gradients, A = _fake_dg_backward(dy, x, x1, x2, alpha, beta, A), A.contiguous()
     _native.module.dg_backward(x.dtype == torch.float64, _dg_sizes(x),
-                               _addresses(x, x1, x2, alpha, beta, A, dy, *gradients), _strides(x, x1, x2, dy),
+                               addresses(x, x1, x2, alpha, beta, A, dy, *gradients), strides(x, x1, x2, dy),
                                torch.get_num_threads())
     return gradients

@@ -1,6 +1,6 @@
 """The aggregations of AA-GCN, CTR-GCN and DG-STGCN in plain PyTorch, any dtype and device: the definition of correct.
 
-The formulas are in dynamic.py. Graphs are made as whole tensors; those of ctr and dg again in the backward pass.
+The formulas are in dynamic.py and ctr.py. Graphs are made as whole tensors; those of ctr and dg again in the backward pass.
 """
 from __future__ import annotations
 
