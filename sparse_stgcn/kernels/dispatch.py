@@ -26,7 +26,7 @@ class Choice:
 
 def choose(op: str, device: str, dtype: torch.dtype, *, adjacency_dims: int = 3, forced: str | None = None,
            native_available: bool = True) -> Choice:
-    """The backend for ``op``: "temporal_conv", "graph_conv", "group_lasso", or one of the aggregations of dynamic.py and ctr.py.
+    """The backend for ``op``: "temporal_conv", "graph_conv", "group_lasso", or an aggregation of dynamic.py or ctr.py.
 
     Raises:
         ValueError: ``forced`` (SPARSE_STGCN_BACKEND) is no backend, or cannot run the op on this device and dtype.
