@@ -36,19 +36,17 @@ def missing() -> str | None:
     return None
 
 
-def unsupported(dtype: torch.dtype, block: tuple[int, int]) -> str | None:
-    """Why no kernel takes this dtype and block shape, or None. A property of the pair alone."""
+def unsupported(dtype: torch.dtype) -> str | None:
+    """Why no kernel takes this dtype, or None."""
     if dtype not in _ARITHMETIC:
         return f"the CUDA kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    if block[0] not in (8, 16, 32):
-        return f"the CUDA kernels take blocks of 8, 16 or 32 output channels, not {block[0]}x{block[1]}"
     return None
 
 
 @lru_cache(maxsize=4096)
-def _launch(arithmetic: str, device: int, *sizes: int) -> Any:
-    """The launch of one shape: how its work is cut, and how much scratch space it takes."""
-    return module.TemporalConv(arithmetic, *sizes, _device(device))
+def _launch(op: str, product: str, arithmetic: str, device: int, *sizes: int) -> Any:
+    """The launch of one product of one shape: how its work is cut, and how much scratch space it takes."""
+    return getattr(module, op)(arithmetic, *sizes, _device(device), product)
 
 
 @lru_cache(maxsize=64)
@@ -89,37 +87,115 @@ def temporal_conv(
         (N, O, ceil(T / stride), V), contiguous, of the dtype of x. Sums are float32 and rounded once.
 
     Raises:
-        ValueError: no kernel takes this dtype, block or size.
+        ValueError: no kernel takes this dtype or size.
     """
-    (out_channels, in_channels, taps), (bo, bi) = shape, block
-    if reason_why_not := unsupported(x.dtype, block):
-        raise ValueError(f"Expected a pattern for which there is a CUDA kernel. Got: {reason_why_not}.")
     x = _planes(x)
     residual = None if residual is None else _planes(residual)
-    values = values.contiguous()
-    if values.data_ptr() % 16:
-        values = values.clone()
-    shift = None if bias is None else bias.float().contiguous()
-    scale = None if scale is None else scale.float().contiguous()
+    launch = _prepare("TemporalConv", "forward", x, shape, block, input, tf32, x.shape[2], stride, dilation)
+    y = x.new_empty((x.shape[0], shape[0], -(-x.shape[2] // stride), x.shape[3]))
+    shift, scale = _float(bias), _float(scale)
+    scratch, values = _scratch(launch, x), values.contiguous()
+    launch.forward(
+        _plane(x), values.data_ptr(), _index(row_ptr, input, tap), _address(scale), _address(shift),
+        _plane(residual), relu, y.data_ptr(), scratch.data_ptr(), _stream(x),
+    )  # fmt: skip
+    return y
+
+
+def temporal_conv_input_gradient(
+    dy: Tensor,
+    values: Tensor,
+    t_ptr: Tensor,
+    t_perm: Tensor,
+    t_row: Tensor,
+    tap: Tensor,
+    shape: tuple[int, int, int],
+    block: tuple[int, int],
+    stride: int,
+    dilation: int,
+    frames: int,
+    *,
+    tf32: bool | None = None,
+) -> Tensor:
+    """dx (N, I, frames, V) of dy (N, O, To, V); t_ptr, t_perm, t_row: the pattern's transposed index.
+
+    Raises:
+        ValueError: no kernel takes this dtype or size.
+    """
+    dy = _planes(dy)
+    launch = _prepare("TemporalConv", "input_gradient", dy, shape, block, tap, tf32, frames, stride, dilation)
+    dx = dy.new_empty((dy.shape[0], shape[1], frames, dy.shape[3]))
+    scratch, values = _scratch(launch, dy), values.contiguous()
+    launch.input_gradient(
+        _plane(dy), values.data_ptr(), _index(None, None, tap, t_ptr, t_perm, t_row), dx.data_ptr(),
+        scratch.data_ptr(), _stream(dy),
+    )  # fmt: skip
+    return dx
+
+
+def temporal_conv_weight_gradient(
+    x: Tensor,
+    dy: Tensor,
+    values: Tensor,
+    masked: Tensor | None,
+    scale: Tensor | None,
+    row_ptr: Tensor,
+    input: Tensor,
+    tap: Tensor,
+    shape: tuple[int, int, int],
+    block: tuple[int, int],
+    stride: int,
+    dilation: int,
+    *,
+    tf32: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(dw (blocks, bi, bo), dbias (O,)) of x (N, I, T, V) and dy (N, O, To, V).
+
+    masked: bool (blocks,) or None; scale: 0-dim; adds scale * values to the gradient of the masked blocks.
+
+    Raises:
+        ValueError: no kernel takes this dtype or size.
+    """
+    x, dy = _planes(x), _planes(dy)
+    launch = _prepare("TemporalConv", "weight_gradient", x, shape, block, input, tf32, x.shape[2], stride, dilation)
+    dw = torch.empty((input.numel(), block[1], block[0]), dtype=x.dtype, device=x.device)
+    masked, scale = (None, None) if masked is None else (masked.contiguous(), _float(scale))
+    scratch, values = _scratch(launch, x), values.contiguous()
+    launch.weight_gradient(
+        _plane(x), _plane(dy), values.data_ptr(), _index(row_ptr, input, tap), _address(masked), _address(scale),
+        dw.data_ptr(), scratch.data_ptr(), _stream(x),
+    )  # fmt: skip
+    return dw, dy.sum((0, 2, 3), dtype=torch.float32).to(dy.dtype)
+
+
+def _prepare(
+    op: str,
+    product: str,
+    x: Tensor,
+    shape: tuple[int, int, int],
+    block: tuple[int, int],
+    index: Tensor,
+    tf32: bool | None,
+    frames: int,
+    *more: int,
+) -> Any:
+    """The launch for a tensor of this dtype, batch and number of joints.
+
+    Raises:
+        ValueError: no kernel takes this dtype or size.
+    """
+    if why_not := unsupported(x.dtype):
+        raise ValueError(f"Expected a dtype for which there is a CUDA kernel. Got: {why_not}.")
     arithmetic = _ARITHMETIC[x.dtype]
     if arithmetic == "float32" and (tf32 or (tf32 is None and torch.get_float32_matmul_precision() != "highest")):
         arithmetic = "tf32"
-    batch, _, frames, vertices = x.shape
     launch = _launch(
-        arithmetic, x.device.index or 0, batch, in_channels, frames, vertices, out_channels, taps, bo, bi,
-        input.numel(), stride, dilation,
+        op, product, arithmetic, x.device.index or 0, x.shape[0], shape[1], frames, x.shape[3], shape[0], shape[2], *block,
+        index.numel(), *more,
     )  # fmt: skip
     if launch.reason:
         raise ValueError(f"Expected sizes for which there is a CUDA kernel. Got: {launch.reason}.")
-    y = x.new_empty((batch, out_channels, -(-frames // stride), vertices))
-    scratch = torch.empty(launch.scratch, dtype=torch.int32, device=x.device)
-    residual_strides = (0, 0) if residual is None else residual.stride()[:2]
-    launch.forward(
-        x.data_ptr(), *x.stride()[:2], values.data_ptr(), row_ptr.data_ptr(), input.data_ptr(), tap.data_ptr(),
-        _address(scale), _address(shift), _address(residual), *residual_strides, relu, y.data_ptr(), scratch.data_ptr(),
-        _stream(x),
-    )  # fmt: skip
-    return y
+    return launch
 
 
 def _planes(x: Tensor) -> Tensor:
@@ -127,6 +203,23 @@ def _planes(x: Tensor) -> Tensor:
     contiguous = x.stride(3) == 1 or x.shape[3] == 1
     contiguous = contiguous and (x.stride(2) == x.shape[3] or x.shape[2] == 1)
     return x if contiguous else x.contiguous()
+
+
+def _scratch(launch: Any, x: Tensor) -> Tensor:
+    return torch.empty(launch.scratch, dtype=torch.uint8, device=x.device)
+
+
+def _plane(x: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def _index(*parts: Tensor | None) -> tuple[int, ...]:
+    """Addresses of row_ptr, input, tap, t_ptr, t_perm and t_row, 0 for those a product does not read."""
+    return tuple(_address(part) for part in parts) + (0,) * (6 - len(parts))
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:
