@@ -105,6 +105,43 @@ struct Conv : Launch<TemporalConv> {
     }
 };
 
+using Graph = std::array<int64_t, 6>;                   // address; strides of sample, subset, channel, from, to; 0: shared
+
+struct GraphLaunch : Launch<GraphConv> {
+    static GraphConv shape(const std::string& arithmetic, int N, int I, int T, int V, int O, int K, int bo, int bi, int blocks,
+                           int adjacency_dims) {
+        return {arithmetic_of(arithmetic), N, T, V, adjacency_dims > 3, adjacency_dims > 4,
+                {O, I, K, bo, bi, blocks, {}, {}, {}, {}, {}, {}}};
+    }
+    static Product<GraphConv> product(const std::string& name) {
+        return choose<GraphConv>(name, {graph_conv_tile, graph_conv_scratch},
+                                 {graph_conv_input_gradient_tile, graph_conv_input_gradient_scratch},
+                                 {graph_conv_weight_gradient_tile, graph_conv_weight_gradient_scratch});
+    }
+    static Adjacency adjacency(const Graph& a) { return {pointer(Address(a[0])), a[1], a[2], a[3], a[4], a[5]}; }
+    using Launch::Launch;
+    void forward(Plane x, Address values, Graph graph, Index index, Address map, int64_t map_batch, Address scale, Address shift,
+                 Plane residual, bool relu, Address y, Address space, Address stream) const {
+        require("forward");
+        const Epilogue e{pointer<float>(scale), pointer<float>(shift), pointer<float>(map), map_batch, planes(residual), relu};
+        check(graph_conv_forward(with(index), tile, device, planes(x), pointer(values), adjacency(graph), e, pointer(y),
+                                 pointer(space), pointer(stream)));
+    }
+    void input_gradient(Plane x, Plane dy, Address values, Graph graph, Index index, Address dx, Address dadjacency, Address space,
+                        Address stream) const {
+        require("input_gradient");
+        check(graph_conv_input_gradient(with(index), tile, device, planes(x), planes(dy), pointer(values), adjacency(graph),
+                                        pointer(dx), pointer(dadjacency), pointer(space), pointer(stream)));
+    }
+    void weight_gradient(Plane x, Plane dy, Address values, Graph graph, Index index, Address masked, Address scale, Address dw,
+                         Address space, Address stream) const {
+        require("weight_gradient");
+        check(graph_conv_weight_gradient(with(index), tile, device, planes(x), planes(dy), pointer(values), adjacency(graph),
+                                         {pointer<uint8_t>(masked), pointer<float>(scale)}, pointer(dw), pointer(space),
+                                         pointer(stream)));
+    }
+};
+
 Device device_at(int index) {
     Device device;
     if (!read_device(index, &device)) throw std::runtime_error("there is no CUDA device " + std::to_string(index));
@@ -138,4 +175,22 @@ PYBIND11_MODULE(_cuda, m) {
              py::arg("scratch"), py::arg("stream"))
         .def("weight_gradient", &Conv::weight_gradient, no_gil, py::arg("x"), py::arg("dy"), py::arg("values"), py::arg("index"),
              py::arg("masked"), py::arg("scale"), py::arg("dw"), py::arg("scratch"), py::arg("stream"));
+
+    py::class_<GraphLaunch> graph(m, "GraphConv", py::module_local());
+    describe(graph);
+    graph.def(py::init([](const std::string& arithmetic, int N, int I, int T, int V, int O, int K, int bo, int bi, int blocks,
+                          int adjacency_dims, Device device, const std::string& product) {
+              return GraphLaunch(GraphLaunch::shape(arithmetic, N, I, T, V, O, K, bo, bi, blocks, adjacency_dims), device, product,
+                                 GraphLaunch::product(product));
+          }),
+          py::arg("arithmetic"), py::arg("N"), py::arg("I"), py::arg("T"), py::arg("V"), py::arg("O"), py::arg("K"), py::arg("bo"),
+          py::arg("bi"), py::arg("blocks"), py::arg("adjacency_dims"), py::arg("device"), py::arg("product") = "forward")
+        .def("forward", &GraphLaunch::forward, no_gil, py::arg("x"), py::arg("values"), py::arg("adjacency"), py::arg("index"),
+             py::arg("map"), py::arg("map_batch"), py::arg("scale"), py::arg("shift"), py::arg("residual"), py::arg("relu"),
+             py::arg("y"), py::arg("scratch"), py::arg("stream"))
+        .def("input_gradient", &GraphLaunch::input_gradient, no_gil, py::arg("x"), py::arg("dy"), py::arg("values"),
+             py::arg("adjacency"), py::arg("index"), py::arg("dx"), py::arg("dadjacency"), py::arg("scratch"), py::arg("stream"))
+        .def("weight_gradient", &GraphLaunch::weight_gradient, no_gil, py::arg("x"), py::arg("dy"), py::arg("values"),
+             py::arg("adjacency"), py::arg("index"), py::arg("masked"), py::arg("scale"), py::arg("dw"), py::arg("scratch"),
+             py::arg("stream"));
 }

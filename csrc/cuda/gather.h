@@ -39,7 +39,7 @@ struct Gather {
     int64_t live_slots() const { return int64_t(blocks) * sb * groups_per_block(); }    // at most, in one phase
 };
 
-inline int rounded(int n, int to) { return (n + to - 1) / to * to; }
+__host__ __device__ constexpr int rounded(int n, int to) { return (n + to - 1) / to * to; }
 
 // Frames that taps reach before and after a target frame's own.
 struct Reach { int first, last; };

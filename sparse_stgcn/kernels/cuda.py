@@ -1,4 +1,6 @@
-"""The CUDA kernels (csrc/cuda): block-sparse temporal_conv, forward. Definition of correct: reference.py."""
+"""The CUDA kernels (csrc/cuda): temporal_conv and graph_conv, forward and gradients. Definition of correct: reference.py.
+
+Every function allocates its result and a workspace, and launches on torch's current stream."""
 
 from __future__ import annotations
 
@@ -168,6 +170,133 @@ def temporal_conv_weight_gradient(
     return dw, dy.sum((0, 2, 3), dtype=torch.float32).to(dy.dtype)
 
 
+def bias_map(adjacency: Tensor, bias: Tensor) -> Tensor:
+    """What biases (K, O) add to y through the graph: sum over k, v of b_k[o] A_k[v,w]; (O, V), or (N, O, V)."""
+    spec = {3: "ko,kvw->ow", 4: "ko,nkvw->now", 5: "ko,nkovw->now"}[adjacency.dim()]
+    return torch.einsum(spec, bias.float(), adjacency.float())
+
+
+def graph_conv(
+    x: Tensor,
+    values: Tensor,
+    adjacency: Tensor,
+    bias: Tensor | None,
+    row_ptr: Tensor,
+    input: Tensor,
+    tap: Tensor,
+    shape: tuple[int, int, int],
+    block: tuple[int, int],
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    tf32: bool | None = None,
+) -> Tensor:
+    """Y = act(scale[o] * sum over k, v of A_k[v,w] (b_k[o] + sum over live i of W_k[o,i] X[n,i,t,v]) + shift[o] + residual).
+
+    Args:
+        x: (N, I, T, V) of float32, bfloat16 or float16. Samples and channels may have any stride; a plane (T, V) that
+            is not contiguous is copied.
+        values: (blocks, bi, bo) of the dtype of x; the pattern's taps are the subsets.
+        adjacency: (K, V, V), per sample (N, K, V, V) or per channel (N, K, O, V, V), of the dtype of x, any strides.
+        bias: (K, O) or None. scale, shift: (O,) or None. residual: (N, O, T, V) or None.
+        row_ptr, input, tap: the pattern's index, on the device of x.
+        shape, block: (O, I, K), (bo, bi).
+        tf32: multiply float32 in TF32. None follows torch.get_float32_matmul_precision(): "highest" is IEEE float32.
+
+    Returns:
+        (N, O, T, V), contiguous, of the dtype of x. Sums are float32; in 16 bits what is between the two products, X A_k or
+        per channel W_k X, is rounded once, as is the result.
+
+    Raises:
+        ValueError: no kernel takes this dtype or size.
+    """
+    x = _planes(x)
+    residual = None if residual is None else _planes(residual)
+    launch = _prepare("GraphConv", "forward", x, shape, block, input, tf32, x.shape[2], adjacency.dim())
+    y = x.new_empty((x.shape[0], shape[0], *x.shape[2:]))
+    added = None if bias is None else bias_map(adjacency, bias).contiguous()
+    shift, scale, adjacency = _float(shift), _float(scale), adjacency.to(x.dtype)
+    scratch, values = _scratch(launch, x), values.contiguous()
+    launch.forward(
+        _plane(x), values.data_ptr(), _graph(adjacency), _index(row_ptr, input, tap), _address(added),
+        0 if added is None or added.dim() == 2 else added.stride(0), _address(scale), _address(shift), _plane(residual), relu,
+        y.data_ptr(), scratch.data_ptr(), _stream(x),
+    )  # fmt: skip
+    return y
+
+
+def graph_conv_input_gradient(
+    x: Tensor,
+    dy: Tensor,
+    values: Tensor,
+    adjacency: Tensor,
+    row_ptr: Tensor,
+    input: Tensor,
+    tap: Tensor,
+    t_ptr: Tensor,
+    t_perm: Tensor,
+    t_row: Tensor,
+    shape: tuple[int, int, int],
+    block: tuple[int, int],
+    *,
+    need_x: bool = True,
+    need_adjacency: bool = True,
+    tf32: bool | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx (N, I, T, V), dadjacency of the shape of the adjacency, without what comes through bias_map) of dy (N, O, T, V).
+
+    Raises:
+        ValueError: no kernel takes this dtype or size.
+    """
+    x, dy = _planes(x), _planes(dy)
+    launch = _prepare("GraphConv", "input_gradient", x, shape, block, input, tf32, x.shape[2], adjacency.dim())
+    adjacency = adjacency.to(x.dtype)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
+    dadjacency = torch.empty_like(adjacency, memory_format=torch.contiguous_format) if need_adjacency else None
+    scratch, values = _scratch(launch, x), values.contiguous()
+    launch.input_gradient(
+        _plane(x), _plane(dy), values.data_ptr(), _graph(adjacency), _index(row_ptr, input, tap, t_ptr, t_perm, t_row),
+        _address(dx), _address(dadjacency), scratch.data_ptr(), _stream(x),
+    )  # fmt: skip
+    return dx, dadjacency
+
+
+def graph_conv_weight_gradient(
+    x: Tensor,
+    dy: Tensor,
+    values: Tensor,
+    adjacency: Tensor,
+    masked: Tensor | None,
+    scale: Tensor | None,
+    row_ptr: Tensor,
+    input: Tensor,
+    tap: Tensor,
+    shape: tuple[int, int, int],
+    block: tuple[int, int],
+    *,
+    tf32: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(dw (blocks, bi, bo), the gradient of bias_map) of x (N, I, T, V) and dy (N, O, T, V).
+
+    masked: bool (blocks,) or None; scale: 0-dim; adds scale * values to the gradient of the masked blocks.
+
+    Raises:
+        ValueError: no kernel takes this dtype or size.
+    """
+    x, dy = _planes(x), _planes(dy)
+    launch = _prepare("GraphConv", "weight_gradient", x, shape, block, input, tf32, x.shape[2], adjacency.dim())
+    dw = torch.empty((input.numel(), block[1], block[0]), dtype=x.dtype, device=x.device)
+    masked, scale = (None, None) if masked is None else (masked.contiguous(), _float(scale))
+    scratch, values, adjacency = _scratch(launch, x), values.contiguous(), adjacency.to(x.dtype)
+    launch.weight_gradient(
+        _plane(x), _plane(dy), values.data_ptr(), _graph(adjacency), _index(row_ptr, input, tap), _address(masked),
+        _address(scale), dw.data_ptr(), scratch.data_ptr(), _stream(x),
+    )  # fmt: skip
+    return dw, dy.sum((0, 2) if adjacency.dim() == 3 else 2, dtype=torch.float32).to(dy.dtype)
+
+
 def _prepare(
     op: str,
     product: str,
@@ -211,6 +340,13 @@ def _scratch(launch: Any, x: Tensor) -> Tensor:
 
 def _plane(x: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def _graph(adjacency: Tensor) -> tuple[int, ...]:
+    """Address of an adjacency and its strides of sample, subset, channel, from and to."""
+    *outer, to = adjacency.stride()
+    batch, subset, channel, source = {2: (0, outer[0], 0), 3: (*outer[:2], 0), 4: tuple(outer[:3])}[len(outer)] + (outer[-1],)
+    return adjacency.data_ptr(), batch, subset, channel, source, to
 
 
 def _index(*parts: Tensor | None) -> tuple[int, ...]:
