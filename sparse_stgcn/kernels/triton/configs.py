@@ -9,11 +9,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+class _Launch:
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int | bool]:
+        """How the kernel is compiled. Without a limit of its own ptxas spills a few bytes to fit one more program."""
+        registers = min(255, 65536 // (32 * self.warps))
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": registers, "enable_fp_fusion": True}
+
+
 @dataclass(frozen=True)
-class Config:
+class Config(_Launch):
     """pixels x slots of the gathered input in one step; warps of a program; stages of the software pipeline."""
 
     pixels: int
+    slots: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class GraphConfig(_Launch):
+    """Rows (of a block) x frames of a program; slots of the gathered input in one step; warps; stages."""
+
+    rows: int
+    frames: int
     slots: int
     warps: int
     stages: int
@@ -41,30 +62,47 @@ def _for_all(*, half: _Rows, tf32: _Rows, float32: _Rows) -> _Table:
 # that were compiled) whose registers do not spill to memory on any family.
 _MATRIX = {8: Config(128, 16, 4, 3), 16: Config(128, 16, 4, 3), 32: Config(128, 16, 4, 3), 64: Config(64, 16, 4, 3)}
 _FMA = {8: Config(128, 16, 4, 2), 16: Config(64, 16, 4, 2), 32: Config(64, 16, 4, 2), 64: Config(64, 16, 8, 2)}
-_COLUMN = {1: Config(128, 8, 4, 2)}
 
 TEMPORAL_CONV_FORWARD: _Table = _for_all(half=_MATRIX, tf32=_MATRIX, float32=_FMA)
 """(family, arithmetic) -> rows of a block -> tile."""
 
-TEMPORAL_CONV_DX: _Table = _for_all(
-    half=_COLUMN | _MATRIX, tf32=_COLUMN | _MATRIX, float32=_COLUMN | _FMA | {64: Config(32, 16, 8, 2)}
-)
+_MATRIX_DX = _MATRIX | {32: Config(64, 16, 4, 3), 64: Config(64, 16, 8, 3)}
+TEMPORAL_CONV_DX: _Table = _for_all(half=_MATRIX_DX, tf32=_MATRIX_DX, float32=_FMA | {64: Config(32, 16, 8, 2)})
 """(family, arithmetic) -> columns of a block -> tile."""
 
 TEMPORAL_CONV_DW: _Table = _for_all(
     half={8: Config(64, 16, 4, 3), 16: Config(128, 16, 4, 3), 32: Config(64, 16, 4, 3), 64: Config(32, 16, 4, 3)},
     tf32=dict.fromkeys(ROWS, Config(32, 16, 4, 3)),
-    float32={8: Config(16, 16, 4, 2), 16: Config(16, 16, 4, 2), 32: Config(16, 16, 4, 1), 64: Config(16, 16, 4, 1)},
+    float32={8: Config(16, 16, 4, 2), 16: Config(16, 16, 4, 2), 32: Config(16, 16, 4, 2), 64: Config(16, 16, 4, 2)},
 )
 """(family, arithmetic) -> rows of a block -> tile."""
 
-# Pixels are frames times vertices padded to 16, 32 or 64. More warps where a frame alone fills the registers.
-_GRAPH = {8: Config(128, 16, 4, 2), 16: Config(128, 16, 4, 2), 32: Config(64, 16, 4, 2)}
-_GRAPH_64 = {8: Config(64, 16, 4, 2), 16: Config(64, 16, 8, 2), 32: Config(64, 16, 8, 2)}
-GRAPH_CONV_FORWARD: dict[int, _Table] = {
-    joints: _for_all(half=rows, tf32=rows, float32=rows) for joints, rows in ((16, _GRAPH), (32, _GRAPH), (64, _GRAPH_64))
-}
-"""padded vertices -> (family, arithmetic) -> rows of a block -> tile."""
+JOINTS = (32, 64)
+"""Vertices of a frame as a tile holds them; more than 64 have no kernel."""
+
+_Graph = dict[int, GraphConfig]
+_32: _Graph = {8: GraphConfig(8, 4, 16, 4, 2), 16: GraphConfig(16, 4, 16, 4, 2), 32: GraphConfig(32, 2, 16, 4, 2), 64: GraphConfig(32, 2, 16, 4, 2)}
+_64: _Graph = {8: GraphConfig(8, 2, 16, 4, 2), 16: GraphConfig(16, 2, 16, 8, 2), 32: GraphConfig(32, 1, 16, 8, 2), 64: GraphConfig(32, 1, 16, 8, 2)}
+
+GRAPH_CONV: dict[tuple[str, int, str], _Graph] = {}
+"""(kernel, joints, arithmetic) -> rows (for dx: columns) of a block -> tile, for an adjacency that channels share."""
+
+GRAPH_CONV_PER_CHANNEL: dict[tuple[str, int, str], GraphConfig] = {}
+"""(kernel, joints, arithmetic) -> tile, for an adjacency per channel."""
+
+for _kernel in ("graph_conv_forward", "graph_conv_dx", "graph_conv_dw", "graph_conv_dadjacency"):
+    for _a in ("float32", "tf32", "half"):
+        GRAPH_CONV[_kernel, 32, _a] = _32
+        GRAPH_CONV[_kernel, 64, _a] = _64
+        GRAPH_CONV_PER_CHANNEL[_kernel, 32, _a] = GraphConfig(8, 16, 16, 8, 2)
+        GRAPH_CONV_PER_CHANNEL[_kernel, 64, _a] = GraphConfig(8, 4, 16, 8, 2)
+for _a in ("float32", "tf32", "half"):
+    GRAPH_CONV["graph_conv_dw", 32, _a] = {8: GraphConfig(8, 2, 16, 4, 2), **dict.fromkeys((16, 32, 64), GraphConfig(16, 2, 16, 4, 2))}
+    GRAPH_CONV_PER_CHANNEL["graph_conv_dw", 32, _a] = GraphConfig(8, 4, 16, 8, 1)
+    GRAPH_CONV_PER_CHANNEL["graph_conv_dx", 32, _a] = GraphConfig(8, 8, 16, 8, 2)
+
+PACK_FROM = {"float32": 4.0, "tf32": 4.0, "half": 4.0}
+"""arithmetic -> loads of every element from which on a copy with padded frames pays."""
 
 PROGRAMS_OF_DW = 1024
 """About how many programs share the pixels of dw: enough for any GPU, and a workspace of this many partial rows."""
@@ -108,6 +146,13 @@ def temporal_conv_dw(capability: int, arithmetic: str, rows: int) -> Config:
     return _tile(TEMPORAL_CONV_DW, capability, arithmetic, rows, "output")
 
 
-def graph_conv_forward(capability: int, arithmetic: str, rows: int, joints: int) -> Config:
-    """The tile for blocks of `rows` output channels and 16, 32 or 64 padded vertices; errors as temporal_conv_forward."""
-    return _tile(GRAPH_CONV_FORWARD[joints], capability, arithmetic, rows, "output")
+def graph_conv(kernel: str, capability: int, arithmetic: str, rows: int, joints: int, per_channel: bool) -> GraphConfig:
+    """The tile of a kernel of graph_conv, the same for every family.
+
+    kernel: "graph_conv_" and "forward", "dx", "dw" or "dadjacency"; rows: output (for dx: input) channels of a block;
+    joints: padded vertices, one of JOINTS. Errors as temporal_conv_forward.
+    """
+    family(capability)
+    if per_channel:
+        return GRAPH_CONV_PER_CHANNEL[kernel, joints, arithmetic]
+    return GRAPH_CONV[kernel, joints, arithmetic][rows]
