@@ -71,17 +71,20 @@ BLOCKS = {
 
 
 def every_variant() -> Iterator[Variant]:
-    """All that a launch can ask for: every kernel, arithmetic, block, frame size and kind of adjacency."""
+    """All that a launch can ask for, but for choices that change no more than a factor of an address or the name of the
+    matrix instruction: float16 is compiled for wide frames only (it is bfloat16's code otherwise), and an adjacency per
+    channel (8 rows at a time, whatever the block) and 64 joints with the smallest and the largest block."""
     for arithmetic in ELEMENT:
         for kernel in (*TEMPORAL, *GRAPH):
             for block in BLOCKS[kernel]:
-                for wide in (False, True):
-                    joints = configs.JOINTS if kernel in GRAPH else (32,)
-                    for count in joints:
-                        for per_channel in (False, True) if kernel in GRAPH else (False,):
-                            yield Variant(kernel, arithmetic, block, wide, count, per_channel)
-                if block[0] == 8 and kernel.endswith("_dw"):
-                    yield Variant(kernel, arithmetic, block, True, cover=True)
+                for wide in (False, True) if arithmetic != "float16" else (True,):
+                    yield Variant(kernel, arithmetic, block, wide)
+            for block in BLOCKS[kernel][::len(BLOCKS[kernel]) - 1] if kernel in GRAPH else ():
+                yield Variant(kernel, arithmetic, block, wide=block[0] == 8, per_channel=True)
+                if arithmetic != "float16":
+                    yield Variant(kernel, arithmetic, block, wide=block[0] == 8, joints=64)
+            if kernel.endswith("_dw"):
+                yield Variant(kernel, arithmetic, (8, 8), True, cover=True)
         yield Variant("pad_frames", arithmetic)
         yield Variant("sum_parts", arithmetic)
 

@@ -99,8 +99,16 @@ def test_the_lasso_term_is_added_once_to_masked_blocks(case: Case) -> None:
     assert torch.equal(with_lasso, plain + 0.5 * problem.values * masked[:, None, None])
 
 
-def test_more_vertices_than_a_tile_are_refused() -> None:
-    problem = make(Case("too wide", N=1, V=65), torch.float32)
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        (Case("too wide", N=1, V=65), "up to 64 vertices, not 65"),
+        (Case("too wide", N=1, V=33, adjacency="channel"), "up to 32 vertices with an adjacency per channel, not 33"),
+    ],
+    ids=["shared", "per channel"],
+)
+def test_more_vertices_than_a_tile_are_refused(case: Case, says: str) -> None:
+    problem = make(case, torch.float32)
     for run in (lambda: forward(problem, problem.x, None), lambda: backward(problem, problem.x, problem.dy)):
-        with pytest.raises(ValueError, match="up to 64 vertices, not 65"):
+        with pytest.raises(ValueError, match=says):
             run()

@@ -30,7 +30,6 @@ from sparse_stgcn.kernels.triton import (
     temporal_conv_backward,
 )
 
-
 MODULES = {
     module.__name__.rpartition(".")[2]: module
     for module in (graph_conv, graph_conv_adjacency, graph_conv_backward, launch, plan, temporal_conv, temporal_conv_backward)
@@ -152,7 +151,9 @@ def check_graph_gradients_of_wide_blocks(modules: dict[str, ModuleType]) -> None
     check_graph_gradients(modules, N=1, I=70, T=1, block=(64, 64), K=1, density=1.0)
 
 
-CHECKS: dict[str, Check] = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
+CHECKS: dict[str, Check] = {
+    name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")
+}
 
 T, TB, G, GB, GA, L, P = (
     "temporal_conv", "temporal_conv_backward", "graph_conv", "graph_conv_backward", "graph_conv_adjacency", "launch", "plan",
@@ -164,7 +165,8 @@ MUTANTS = [
     Mutant("frames after the last", T, "(from_frame < T))", "(from_frame <= T))", "temporal_forward", "y"),
     Mutant("tail of the slots", T, "live = slot < end", "live = slot < end + 1", "temporal_forward", "y"),
     Mutant("last slots left out", T, "live = slot < end", "live = slot < end - 1", "temporal_forward", "y"),
-    Mutant("input channels of the wrong slot", T, "channels + slot, mask", "channels + slot // 2 * 2, mask", "temporal_forward", "y"),
+    Mutant("input channels of the wrong slot", T, "channels + slot, mask", "channels + slot // 2 * 2, mask", "temporal_forward",
+           "y"),
     Mutant("stride forgotten", T, "frame = s * stride", "frame = s", "temporal_forward_strided", "y"),
     Mutant("narrow frames taken for wide", T, "s, v = p // (units * ALIGN)", "s, v = p // V", "temporal_forward_wide", "y"),
     Mutant("residual left out", L, "if residual is not None:", "if False:", "temporal_forward", "y"),
@@ -177,8 +179,10 @@ MUTANTS = [
     Mutant("transposed entries mixed up", TB, "tl.load(entry_row + q // BO", "tl.load(entry_row + q // BO // 2 * 2",
            "temporal_gradients", "dx"),
     Mutant("frames between the strides", TB, "(s * stride == ahead)", "(s * stride <= ahead)", "temporal_gradients", "dx"),
-    Mutant("tail of dx's slots", TB, "inside_dy = live & (o < O)", "inside_dy = live & (o < O - 1)", "temporal_gradients", "dx"),
-    Mutant("columns without a slot", TB, "mask=slot >= 0, other=0.0)", "mask=slot >= -1, other=0.0)", "temporal_gradients", "dx"),
+    Mutant("tail of dx's slots", TB, "inside_dy = live & (o < O)", "inside_dy = live & (o < O - 1)", "temporal_gradients",
+           "dx"),
+    Mutant("columns without a slot", TB, "mask=slot >= 0, other=0.0)", "mask=slot >= -1, other=0.0)", "temporal_gradients",
+           "dx"),
     Mutant("last tile of a share", TB, "tl.minimum(first_tile + share, samples * tiles)",
            "tl.minimum(first_tile + share, samples * tiles) - 1", "temporal_gradients", "dw"),
     Mutant("frames of dw not masked", TB, "((frame >= 0) & (frame < T))", "(frame < T)[:, :]", "temporal_gradients", "dw"),
@@ -186,18 +190,21 @@ MUTANTS = [
     Mutant("second pass starts over", L, "share += total", "share += 0", "temporal_gradients", "dw"),
     Mutant("lasso omitted", L, "if masked is not None:", "if False:", "temporal_gradients", "dw"),
     Mutant("lasso on the kept blocks", L, "other=0) != 0", "other=0) == 0", "temporal_gradients", "dw"),
-    Mutant("cover's rows mixed up", P, "(out % rows).expand", "((out + 1) % rows).expand", "temporal_gradients_of_a_cover", "dx"),
+    Mutant("cover's rows mixed up", P, "(out % rows).expand", "((out + 1) % rows).expand", "temporal_gradients_of_a_cover",
+           "dx"),
     Mutant("foreign elements behind a frame", L, "(at < total) & (v < V)", "(at < total) & (v < V + 1)",
            "temporal_gradients_of_packed_frames", "packed x"),
     Mutant("frames packed in a wrong order", L, "frame % T * x_t", "(T - 1 - frame % T) * x_t",
            "temporal_gradients_of_packed_frames", "packed x"),
     Mutant("adjacency transposed", G, "k * a_k), a_v, a_w", "k * a_k), a_w, a_v", "graph_forward", "y"),
-    Mutant("first subset's adjacency for all", G, "adjacency + (n * a_n + k * a_k)", "adjacency + n * a_n", "graph_forward", "y"),
+    Mutant("first subset's adjacency for all", G, "adjacency + (n * a_n + k * a_k)", "adjacency + n * a_n", "graph_forward",
+           "y"),
     Mutant("first sample's adjacency for all", G, "adjacency + (n * a_n + k * a_k)", "adjacency + k * a_k",
            "graph_forward_per_sample", "y"),
-    Mutant("first channel's adjacency for all", G, "(o.to(tl.int64) * a_o)", "(o.to(tl.int64) * 0)", "graph_forward_per_channel",
+    Mutant("first channel's adjacency for all", G, "(o.to(tl.int64) * a_o)", "(o.to(tl.int64) * 0)",
+           "graph_forward_per_channel", "y"),
+    Mutant("bias of the first subset", G, "bias + k * O, o, O, I, BO, FRAMES", "bias, o, O, I, BO, FRAMES", "graph_forward",
            "y"),
-    Mutant("bias of the first subset", G, "bias + k * O, o, O, I, BO, FRAMES", "bias, o, O, I, BO, FRAMES", "graph_forward", "y"),
     Mutant("hidden not cleared beyond V", G, "hidden = tl.where(live_pixel[:, None], hidden, 0.0)", "hidden = hidden * 1.0",
            "graph_forward_wide", "y"),
     Mutant("slots of the next subset", G, "begin, end = tl.load(row_ptr + g * K + k), tl.load(row_ptr + g * K + k + 1)",
@@ -212,8 +219,8 @@ MUTANTS = [
            "graph_gradients_of_wide_blocks", "dx"),
     Mutant("adjacency of dw not transposed", GB, "(n * a_n + k * a_k), a_w, a_v, a_o", "(n * a_n + k * a_k), a_v, a_w, a_o",
            "graph_gradients", "dw"),
-    Mutant("dw reads a frame too few", GB, "((t < T) & (v < units * ALIGN))[None, :]", "((t < T - 1) & (v < units * ALIGN))[None, :]",
-           "graph_gradients", "dw"),
+    Mutant("dw reads a frame too few", GB, "((t < T) & (v < units * ALIGN))[None, :]",
+           "((t < T - 1) & (v < units * ALIGN))[None, :]", "graph_gradients", "dw"),
     Mutant("first tile of dA", GA, "range(first_tile, last_tile)", "range(first_tile + 1, last_tile)", "graph_gradients", "dA"),
     Mutant("dA transposed", GA, "at = (joint.to(tl.int64) * V)[:, None] + joint.to(tl.int64)[None, :]",
            "at = (joint.to(tl.int64) * V)[None, :] + joint.to(tl.int64)[:, None]", "graph_gradients", "dA"),

@@ -43,6 +43,8 @@ class GraphConfig(_Launch):
 FAMILIES = {80: "ampere", 90: "hopper", 100: "blackwell"}
 """The first compute capability of each family; a later one of the same family shares its table."""
 
+ARITHMETIC = ("float32", "tf32", "half")
+
 ROWS = (8, 16, 32, 64)
 """Output channels of a block that the matrix unit takes as they are."""
 
@@ -60,13 +62,13 @@ def _for_all(*, half: _Rows, tf32: _Rows, float32: _Rows) -> _Table:
 
 # float32 products run on the FMA units, tf32 and 16-bit ones on the matrix unit. These are the largest tiles (of a few
 # that were compiled) whose registers do not spill to memory on any family.
-_MATRIX = {8: Config(128, 16, 4, 3), 16: Config(128, 16, 4, 3), 32: Config(128, 16, 4, 3), 64: Config(64, 16, 4, 3)}
+_MATRIX = {8: Config(128, 16, 4, 3), 16: Config(128, 16, 4, 3), 32: Config(128, 16, 4, 3), 64: Config(64, 16, 8, 3)}
 _FMA = {8: Config(128, 16, 4, 2), 16: Config(64, 16, 4, 2), 32: Config(64, 16, 4, 2), 64: Config(64, 16, 8, 2)}
 
 TEMPORAL_CONV_FORWARD: _Table = _for_all(half=_MATRIX, tf32=_MATRIX, float32=_FMA)
 """(family, arithmetic) -> rows of a block -> tile."""
 
-_MATRIX_DX = _MATRIX | {32: Config(64, 16, 4, 3), 64: Config(64, 16, 8, 3)}
+_MATRIX_DX = _MATRIX | {32: Config(64, 16, 4, 3)}
 TEMPORAL_CONV_DX: _Table = _for_all(half=_MATRIX_DX, tf32=_MATRIX_DX, float32=_FMA | {64: Config(32, 16, 8, 2)})
 """(family, arithmetic) -> columns of a block -> tile."""
 
@@ -81,28 +83,51 @@ JOINTS = (32, 64)
 """Vertices of a frame as a tile holds them; more than 64 have no kernel."""
 
 _Graph = dict[int, GraphConfig]
-_32: _Graph = {8: GraphConfig(8, 4, 16, 4, 2), 16: GraphConfig(16, 4, 16, 4, 2), 32: GraphConfig(32, 2, 16, 4, 2), 64: GraphConfig(32, 2, 16, 4, 2)}
-_64: _Graph = {8: GraphConfig(8, 2, 16, 4, 2), 16: GraphConfig(16, 2, 16, 8, 2), 32: GraphConfig(32, 1, 16, 8, 2), 64: GraphConfig(32, 1, 16, 8, 2)}
 
-GRAPH_CONV: dict[tuple[str, int, str], _Graph] = {}
+
+def _graph(at_8: GraphConfig, at_16: GraphConfig, at_32: GraphConfig) -> _Graph:
+    return {8: at_8, 16: at_16, 32: at_32, 64: at_32}  # 64 channels are two programs
+
+
+_4 = (16, 4, 2)  # slots, warps, stages
+_8 = (16, 8, 2)
+_NARROW = _graph(GraphConfig(8, 4, *_4), GraphConfig(16, 4, *_4), GraphConfig(32, 2, *_4))
+_NARROW_8 = _graph(GraphConfig(8, 4, *_8), GraphConfig(16, 4, *_4), GraphConfig(32, 2, *_8))
+_NARROW_DW = _graph(GraphConfig(8, 2, *_8), GraphConfig(16, 2, *_4), GraphConfig(16, 2, *_4))
+_BROAD = _graph(GraphConfig(8, 2, *_8), GraphConfig(16, 1, *_8), GraphConfig(16, 1, *_8))
+_BROAD_DW = _graph(GraphConfig(8, 1, *_8), GraphConfig(16, 1, *_8), GraphConfig(16, 1, *_8))
+
+GRAPH_CONV: dict[tuple[str, int, str], _Graph] = {
+    **{("graph_conv_forward", 32, arithmetic): _NARROW for arithmetic in ARITHMETIC},
+    **{("graph_conv_dadjacency", 32, arithmetic): _NARROW for arithmetic in ARITHMETIC},
+    ("graph_conv_dx", 32, "float32"): _NARROW,
+    ("graph_conv_dx", 32, "tf32"): _NARROW,
+    ("graph_conv_dx", 32, "half"): _NARROW_8,
+    ("graph_conv_dw", 32, "float32"): _NARROW_DW,
+    ("graph_conv_dw", 32, "tf32"): _NARROW_DW | {8: GraphConfig(8, 2, *_4), 16: GraphConfig(16, 2, *_8)},
+    ("graph_conv_dw", 32, "half"): _NARROW_DW,
+    **{("graph_conv_forward", 64, arithmetic): _BROAD for arithmetic in ARITHMETIC},
+    **{("graph_conv_dadjacency", 64, arithmetic): _BROAD for arithmetic in ARITHMETIC},
+    **{("graph_conv_dx", 64, arithmetic): _BROAD for arithmetic in ARITHMETIC},
+    **{("graph_conv_dw", 64, arithmetic): _BROAD_DW for arithmetic in ARITHMETIC},
+}
 """(kernel, joints, arithmetic) -> rows (for dx: columns) of a block -> tile, for an adjacency that channels share."""
 
-GRAPH_CONV_PER_CHANNEL: dict[tuple[str, int, str], GraphConfig] = {}
-"""(kernel, joints, arithmetic) -> tile, for an adjacency per channel."""
+GRAPH_CONV_PER_CHANNEL: dict[str, GraphConfig] = {
+    "graph_conv_forward": GraphConfig(8, 16, 16, 8, 2),
+    "graph_conv_dx": GraphConfig(8, 8, 16, 8, 2),
+    "graph_conv_dw": GraphConfig(8, 4, 16, 8, 1),
+    "graph_conv_dadjacency": GraphConfig(8, 16, 16, 8, 2),
+}
+"""kernel -> tile, for an adjacency per channel and 32 joints: 8 matrices at once leave no registers for 64 joints."""
 
-for _kernel in ("graph_conv_forward", "graph_conv_dx", "graph_conv_dw", "graph_conv_dadjacency"):
-    for _a in ("float32", "tf32", "half"):
-        GRAPH_CONV[_kernel, 32, _a] = _32
-        GRAPH_CONV[_kernel, 64, _a] = _64
-        GRAPH_CONV_PER_CHANNEL[_kernel, 32, _a] = GraphConfig(8, 16, 16, 8, 2)
-        GRAPH_CONV_PER_CHANNEL[_kernel, 64, _a] = GraphConfig(8, 4, 16, 8, 2)
-for _a in ("float32", "tf32", "half"):
-    GRAPH_CONV["graph_conv_dw", 32, _a] = {8: GraphConfig(8, 2, 16, 4, 2), **dict.fromkeys((16, 32, 64), GraphConfig(16, 2, 16, 4, 2))}
-    GRAPH_CONV_PER_CHANNEL["graph_conv_dw", 32, _a] = GraphConfig(8, 4, 16, 8, 1)
-    GRAPH_CONV_PER_CHANNEL["graph_conv_dx", 32, _a] = GraphConfig(8, 8, 16, 8, 2)
-
-PACK_FROM = {"float32": 4.0, "tf32": 4.0, "half": 4.0}
-"""arithmetic -> loads of every element from which on a copy with padded frames pays."""
+NEVER = float("inf")
+PACK_FROM = {
+    ("ampere", "half"): 12.0, ("ampere", "tf32"): 21.0, ("ampere", "float32"): 43.0,
+    ("hopper", "half"): 20.0, ("hopper", "tf32"): NEVER, ("hopper", "float32"): 39.0,
+    ("blackwell", "half"): 20.0, ("blackwell", "tf32"): NEVER, ("blackwell", "float32"): 39.0,
+}  # fmt: skip
+"""(family, arithmetic) -> loads of every element from which on a copy with padded frames pays; counted in README.md."""
 
 PROGRAMS_OF_DW = 1024
 """About how many programs share the pixels of dw: enough for any GPU, and a workspace of this many partial rows."""
@@ -154,5 +179,5 @@ def graph_conv(kernel: str, capability: int, arithmetic: str, rows: int, joints:
     """
     family(capability)
     if per_channel:
-        return GRAPH_CONV_PER_CHANNEL[kernel, joints, arithmetic]
+        return GRAPH_CONV_PER_CHANNEL[kernel]
     return GRAPH_CONV[kernel, joints, arithmetic][rows]

@@ -154,7 +154,7 @@ def graph_conv(
     """Y = act(scale[o] * sum over k, v of A_k[v,w] (b_k[o] + sum over live i of W_k[o,i] X[n,i,t,v]) + shift[o] + residual).
 
     Args:
-        x: (N, I, T, V) of float32, bfloat16 or float16, any strides; V up to 64.
+        x: (N, I, T, V) of float32, bfloat16 or float16, any strides; V up to 64, or 32 if the adjacency is per channel.
         values: (blocks, bi, bo), rounded to the dtype of x; the pattern's taps are the subsets.
         adjacency: shared (K, V, V), per sample (N, K, V, V) or per channel (N, K, O, V, V), any strides.
         bias: (K, O) or None. scale, shift: (O,) or None. residual: (N, O, T, V) or None, any strides.
@@ -171,7 +171,7 @@ def graph_conv(
     """
     out_channels, in_channels, subsets = shape
     batch, _, frames, vertices = x.shape
-    refuse(unsupported(x.dtype, vertices))
+    refuse(unsupported(x.dtype, vertices, adjacency.dim()))
     plan, arithmetic = plan_of(row_ptr, input, tap, shape, block), arithmetic_of(x.dtype, tf32)
     joints, per_channel = joints_of(vertices), adjacency.dim() == 5
     config = configs.graph_conv("graph_conv_forward", capability_of(x), arithmetic, plan.rows, joints, per_channel)

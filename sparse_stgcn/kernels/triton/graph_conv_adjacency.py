@@ -42,7 +42,7 @@ def graph_conv_dadjacency_kernel(
     p = tl.arange(0, FRAMES * JOINTS)
     o = part * ROWS + tl.arange(0, ROWS)
     begin, end = tl.load(row_ptr + g * K + k), tl.load(row_ptr + g * K + k + 1)
-    if PER_CHANNEL:
+    if PER_CHANNEL:  # noqa: SIM108 (decided when compiled)
         sums = tl.zeros((ROWS, JOINTS, JOINTS), dtype=tl.float32)
     else:
         sums = tl.zeros((JOINTS, JOINTS), dtype=tl.float32)
@@ -98,7 +98,7 @@ def graph_conv_dadjacency(
     """
     out_channels, in_channels, subsets = shape
     batch, _, frames, vertices = x.shape
-    refuse(unsupported(x.dtype, vertices))
+    refuse(unsupported(x.dtype, vertices, adjacency.dim()))
     plan, arithmetic = plan_of(row_ptr, input, tap, shape, block), arithmetic_of(x.dtype, tf32)
     joints, per_channel = joints_of(vertices), adjacency.dim() == 5
     config = configs.graph_conv("graph_conv_dadjacency", capability_of(x), arithmetic, plan.rows, joints, per_channel)

@@ -172,7 +172,7 @@ def graph_conv_dx(
     """
     out_channels, in_channels, subsets = shape
     batch, _, frames, vertices = dy.shape
-    refuse(unsupported(dy.dtype, vertices))
+    refuse(unsupported(dy.dtype, vertices, adjacency.dim()))
     plan, arithmetic = plan_of(row_ptr, input, tap, shape, block), arithmetic_of(dy.dtype, tf32)
     joints, per_channel = joints_of(vertices), adjacency.dim() == 5
     config = configs.graph_conv("graph_conv_dx", capability_of(dy), arithmetic, plan.columns, joints, per_channel)
@@ -216,7 +216,7 @@ def graph_conv_dw(
     """
     out_channels, in_channels, subsets = shape
     batch, _, frames, vertices = x.shape
-    refuse(unsupported(x.dtype, vertices))
+    refuse(unsupported(x.dtype, vertices, adjacency.dim()))
     plan, arithmetic = plan_of(row_ptr, input, tap, shape, block), arithmetic_of(x.dtype, tf32)
     joints, per_channel = joints_of(vertices), adjacency.dim() == 5
     config = configs.graph_conv("graph_conv_dw", capability_of(x), arithmetic, plan.rows, joints, per_channel)

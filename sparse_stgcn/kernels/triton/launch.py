@@ -19,12 +19,14 @@ from . import configs
 ARITHMETIC = {torch.float32: "float32", torch.bfloat16: "half", torch.float16: "half"}
 
 
-def unsupported(dtype: torch.dtype, vertices: int = 1) -> str | None:
-    """Why no kernel takes this dtype, and for graph_conv this number of vertices, or None. Blocks may have any shape."""
+def unsupported(dtype: torch.dtype, vertices: int = 1, adjacency_dims: int = 3) -> str | None:
+    """Why no kernel takes this dtype and, for graph_conv, vertices and adjacency; or None. Blocks may have any shape."""
     if dtype not in ARITHMETIC:
         return f"the Triton kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    if vertices > 64:
-        return f"the Triton graph_conv takes up to 64 vertices, not {vertices}"
+    most = 64 if adjacency_dims < 5 else 32
+    if vertices > most:
+        per_channel = " with an adjacency per channel" if adjacency_dims == 5 else ""
+        return f"the Triton graph_conv takes up to {most} vertices{per_channel}, not {vertices}"
     return None
 
 
@@ -85,7 +87,7 @@ def readable(x: Tensor, reads: float, arithmetic: str, *, clean: bool = False) -
     """x, or its copy with padded frames where `reads` loads of every element pay for it; and ALIGN."""
     if is_wide(x, clean):
         return x, width_of(x)
-    if x.numel() and reads >= configs.PACK_FROM[arithmetic]:
+    if x.numel() and reads >= configs.PACK_FROM[configs.family(capability_of(x)), arithmetic]:
         return pad_frames(x), width_of(x)
     return x, 1
 

@@ -81,7 +81,8 @@ def _build(row_ptr: Tensor, input: Tensor, tap: Tensor, shape: tuple[int, int, i
     block_row = torch.repeat_interleave(torch.arange(lengths.numel(), device=device), lengths)
     channel = input.long()[:, None] * bi + torch.arange(bi, device=device)
     if rows == bo:
-        place, slot_row, slot_tap, channel = None, *(t.repeat_interleave(bi) for t in (block_row, tap.long())), channel.reshape(-1)
+        place, channel = None, channel.reshape(-1)
+        slot_row, slot_tap = block_row.repeat_interleave(bi), tap.long().repeat_interleave(bi)
     else:
         out = block_row[:, None, None] * bo + torch.arange(bo, device=device)
         width = -(-in_channels // bi) * bi
