@@ -70,6 +70,8 @@ class Fused {
     net_.joints = size(sizes, "joints"), net_.channels = size(sizes, "channels"), net_.frames = size(sizes, "frames");
     net_.input = size(sizes, "input"), net_.input_ld = size(sizes, "input_ld"), net_.features = size(sizes, "features");
     net_.arena = size(sizes, "arena"), net_.persons = size(sizes, "persons");
+    net_.columns = size(sizes, "columns"), net_.column = size(sizes, "column"), net_.strips = size(sizes, "strips");
+    net_.strip_frames = size(sizes, "strip_frames");
     net_.scale = keep<float>(scale), net_.shift = keep<float>(shift);
     for (const auto& item : steps) {
       const auto d = item.cast<py::dict>();

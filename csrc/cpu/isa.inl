@@ -16,6 +16,7 @@
 #include "dynamic_dg.inl"
 #include "norm.inl"
 #include "fused.inl"
+#include "fused_columns.inl"
 #include "fused_product.inl"
 #include "fused_branches.inl"
 #include "fused_ctr.inl"

@@ -23,19 +23,19 @@ class STGCNProgram(Program):
         """The steps of one block, in place over X; returns X after it: (offset, row length, frames)."""
         x, ldx, frames = source
         unit, temporal = (getattr(block, name) for name in block.names)
-        conv, joints, stride = temporal.conv, self.joints, temporal.conv.stride
+        conv, pixels, stride = temporal.conv, self.pixels, temporal.conv.stride
         out = -(-frames // stride)
         reach = (conv.kernel_size - 1) * conv.dilation
         planes, padding = (stride if stride > 1 else 1), reach // 2
         channels, wide = conv.in_channels, self.inputs(unit)
         # H, between the two convolutions: padded frames in `planes` planes, so that every tap is one fixed offset.
         plane_frames = out + reach // stride
-        plane_ld = row_length(plane_frames * joints)
+        plane_ld = self.row_length(plane_frames * pixels)
         ldh = planes * plane_ld
         base = self.arena.size
         hidden = self.arena.take(channels * ldh)
         if planes > 1:
-            ldp = planes * row_length(out * joints)
+            ldp = planes * self.row_length(out * pixels)
             split = self.arena.take(wide * ldp)
             self.steps.append({"kind": SPLIT, "src": x, "src_ld": ldx, "src_frames": frames, "dst": split, "dst_ld": ldp,
                                "planes": planes, "plane_ld": ldp // planes, "frames": out, "rows": wide})
@@ -46,7 +46,7 @@ class STGCNProgram(Program):
         for q in range(planes):
             count = -(-(frames - q) // planes)
             lead = (q + padding) // stride
-            start = hidden + (q + padding) % stride * plane_ld + lead * joints
+            start = hidden + (q + padding) % stride * plane_ld + lead * pixels
             targets.append({"src": split + q * (ldp // planes), "src_ld": ldp, "dst": start, "dst_ld": ldh, "frames": count,
                             "lead": lead, "trail": plane_frames - lead - count})
         self.spatial(unit, source_rows, targets)
@@ -56,7 +56,7 @@ class STGCNProgram(Program):
         bias = shift if conv.bias is None else shift + conv.bias * gain
         merged = Entries.of(conv, gain)
         tap = merged.tap[0] * conv.dilation
-        merged.place(hidden + merged.input[0] * ldh + tap % stride * plane_ld + tap // stride * joints)
+        merged.place(hidden + merged.input[0] * ldh + tap % stride * plane_ld + tap // stride * pixels)
         step: dict[str, Any] = {"kind": CONV, "dst": x, "dst_ld": ldx, "frames": out, "relu": 1}
         if isinstance(block.residual, nn.Identity):
             step |= {"residual": x, "residual_ld": ldx}
