@@ -86,6 +86,7 @@ class Fused {
       s.bias = array<float>(d, "bias"), s.made_subset = array<int32_t>(d, "made_subset", &s.made);
       s.made_input = array<int32_t>(d, "made_input"), s.ptr = array<int32_t>(d, "ptr");
       s.source = array<int32_t>(d, "source", &s.entries), s.coef = array<float>(d, "coef");
+      s.diagonal = array<int32_t>(d, "diagonal"), s.lane_coef = array<float>(d, "lane_coef");
       s.joints = size(d, "joints"), s.graphs = graphs(d);
       s.maps = size(d, "maps"), s.hidden = size(d, "hidden");
       s.groups = s.bo > 0 ? (s.rows + s.bo - 1) / s.bo : 0;

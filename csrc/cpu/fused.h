@@ -53,6 +53,8 @@ struct FusedStep {
   const int32_t *made_subset = nullptr, *made_input = nullptr;  // kGraph: which (k, i) each of the `made` rows of Z is
   const int32_t *ptr = nullptr, *source = nullptr;              // kGraph: sparse adjacency by (k, w), `entries` long
   const float* coef = nullptr;
+  const int32_t* diagonal = nullptr;   // kGraph in columns: whether A_k is nothing but a diagonal, and it for all lanes
+  const float* lane_coef = nullptr;
   FusedGraphs graphs;
   int64_t maps = 0, hidden = 0;  // AA-GCN: offset of the graphs; kAaGraph: R, kAttend: width between the two linear layers
 };

@@ -87,17 +87,23 @@ INLINE void column_graph(const FusedNetwork& net, const FusedStep& s, const Adja
     int64_t held = -1;
     for (int64_t r = 0; r < s.made; r++) {
       if (!made.has(r)) continue;
-      if (held != s.made_input[r]) {
-        held = s.made_input[r];
-        const float* from = arena + s.src + held * s.src_ld + t0 * 16;
+      const int64_t k = s.made_subset[r];
+      const float* from = arena + s.src + s.made_input[r] * s.src_ld + t0 * 16;
+      float* z = made.z + r * s.scratch_ld;
+      if (s.diagonal[k]) {  // joints stay where they are
+        for (int64_t c = 0; c < C; c++) {
+          const Vec<float> a = load(s.lane_coef + k * width + c * 16);
+          for (int64_t j = 0; j < frames; j++) store(z + j * width + c * 16, a * load(from + c * net.column + j * 16));
+        }
+        continue;
+      }
+      if (held != s.made_input[r])
         for (int64_t c = 0; c < C; c++)
           for (int64_t j = 0; j < frames; j++) store(x + j * width + c * 16, load(from + c * net.column + j * 16));
-      }
-      float* z = made.z + r * s.scratch_ld;
-      for (int64_t j = 0; j < frames; j++) {
+      held = s.made_input[r];
+      for (int64_t j = 0; j < frames; j++)
         for (int64_t q = net.strips * V / 16 * 16; q < width; q += 16) store(z + j * width + q, Vec<float>{});
-        adjacency.apply(s.made_subset[r], x + j * width, net.strips, z + j * width);
-      }
+      adjacency.apply_runs(k, x, net.strips, z, frames, width);
     }
     for (int64_t g = share.begin(s.groups), last = share.end(s.groups); g < last; g++) {
       const Entries<float> e = fused_entries(s, g);

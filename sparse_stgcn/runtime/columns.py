@@ -11,11 +11,12 @@ from ..kernels import _native
 from ..layers import SparseConv2d
 from ..recognizer import Recognizer
 from ..sparsity import maskable_convs
-from .program import BORDERS
+from .program import BORDERS, Entries
 from .stgcn import STGCNProgram
 
 LANES = 16
-_Z_BYTES = 400 * 1024  # of X A_k at a time: a share of L2
+_Z_BYTES = 160 * 1024  # of X A_k at a time: a share of L2
+_PAIRED_ABOVE = 0.3  # live share of a graph convolution: two outputs a load, though zeros are multiplied too
 _MOST_STRIPS = 16
 
 
@@ -78,13 +79,21 @@ class ColumnProgram(STGCNProgram):
         self.scratch = max(self.scratch, source["rows"] * LANES)
         super().pool({**source, "frames": self.clip})
 
+    def grouped(self, entries: Entries, rows: int) -> Entries:
+        dense = sum(map(len, entries.row)) * entries.bo > _PAIRED_ABOVE * entries.rows * rows
+        return entries.paired() if dense else entries
+
     def _graph_step(self, unit: nn.Module) -> dict[str, Any]:
         step = super()._graph_step(unit)
         lanes, rows = self.columns * LANES, step["zrows"]
         tile = max(1, min(self.length, _Z_BYTES // (4 * rows * lanes)))
         scratch_ld = (tile * self.columns + 2 | 1) * LANES  # the adjacency reads up to two vectors past a frame
-        joint = np.arange(lanes) % self.joints
-        bias = np.where(np.arange(lanes) < self.strips * self.joints, step["bias"][:, joint], np.float32(0))
+        joint, exists = np.arange(lanes) % self.joints, np.arange(lanes) < self.strips * self.joints
+        graph = unit.graph().numpy()
+        main = graph * np.eye(self.joints, dtype=np.float32)
+        step |= {"diagonal": (graph == main).all((1, 2)).astype(np.int32),
+                 "lane_coef": np.ascontiguousarray(np.where(exists, main.sum(1)[:, joint], 0), np.float32)}
+        bias = np.where(exists, step["bias"][:, joint], np.float32(0))
         return {**step, "tile": tile, "scratch_ld": scratch_ld, "offset": step["offset"] // step["scratch_ld"] * np.int32(scratch_ld),
                 "bias": np.ascontiguousarray(bias, np.float32), "bias_ld": lanes}
 

@@ -102,10 +102,19 @@ class Entries:
             getattr(made, name).append(np.broadcast_to(np.concatenate(getattr(self, name))[:, None], row.shape)[keep])
         return made
 
+    def paired(self) -> Entries:
+        """The same entries in blocks of two outputs, zeros where one of them has none."""
+        parts = self if self.bo == 1 else self.split()
+        row, offset, weight = np.concatenate(parts.row), np.concatenate(parts.offset), np.concatenate(parts.weight)[:, 0]
+        places, entry = np.unique(np.stack([row // 2, offset]), axis=1, return_inverse=True)
+        both = np.zeros((places.shape[1], 2), weight.dtype)
+        both[entry.reshape(-1), row % 2] = weight
+        return Entries(self.rows, 2, [places[0]], [], [], [both], [places[1]])
+
     def step(self) -> dict[str, Any]:
-        """The arrays of a step, sorted by block row, entries in their own order."""
+        """The arrays of a step, sorted by block row, then by place: taps of an input find its row in L1."""
         row, offset = np.concatenate(self.row), np.concatenate(self.offset)
-        order = np.argsort(row, kind="stable")
+        order = np.lexsort((offset, row))
         groups = -(-self.rows // self.bo)
         pointers = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=groups))])
         return {"rows": self.rows, "bo": self.bo, "row_ptr": pointers.astype(np.int32),

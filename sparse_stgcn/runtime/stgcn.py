@@ -83,6 +83,10 @@ class STGCNProgram(Program):
     def between(self, unit: nn.Module, hidden: dict[str, Any]) -> None:
         """Append steps over all frames of H, before the temporal convolution; none here."""
 
+    def grouped(self, entries: Entries, rows: int) -> Entries:
+        """The entries of a graph convolution over ``rows`` rows of Z, in the blocks that it runs in."""
+        return entries
+
     def _graph_step(self, unit: nn.Module) -> dict[str, Any]:
         """relu(BN(sum_k W_k X A_k + bias)), but for where it reads and writes."""
         conv, graph, joints = unit.conv, unit.graph(), self.joints
@@ -103,7 +107,7 @@ class STGCNProgram(Program):
         counts = torch.bincount(k * joints + w, minlength=subsets * joints)
         pointers = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return {
-            **entries.step(), "kind": GRAPH, "subsets": subsets, "tile": _TILE, "scratch_ld": scratch_ld, "zrows": len(made),
+            **self.grouped(entries, len(made)).step(), "kind": GRAPH, "subsets": subsets, "tile": _TILE, "scratch_ld": scratch_ld, "zrows": len(made),
             "relu": 1,
             "made_input": (made // subsets).astype(np.int32), "made_subset": (made % subsets).astype(np.int32),
             "ptr": pointers.int().numpy(), "source": v.int().numpy(), "coef": graph[k, v, w].contiguous().numpy(),
