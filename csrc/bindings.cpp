@@ -93,6 +93,8 @@ class Fused {
     net_.joints = size(sizes, "joints"), net_.channels = size(sizes, "channels"), net_.frames = size(sizes, "frames");
     net_.input = size(sizes, "input"), net_.input_ld = size(sizes, "input_ld"), net_.features = size(sizes, "features");
     net_.arena = size(sizes, "arena"), net_.persons = size(sizes, "persons");
+    net_.columns = size(sizes, "columns"), net_.column = size(sizes, "column"), net_.strips = size(sizes, "strips");
+    net_.strip_frames = size(sizes, "strip_frames");
     net_.scale = keep<float>(scale), net_.shift = keep<float>(shift);
     for (const auto& item : steps) {
       const auto d = item.cast<py::dict>();
@@ -107,6 +109,7 @@ class Fused {
       s.bias = array<float>(d, "bias"), s.made_subset = array<int32_t>(d, "made_subset", &s.made);
       s.made_input = array<int32_t>(d, "made_input"), s.ptr = array<int32_t>(d, "ptr");
       s.source = array<int32_t>(d, "source", &s.entries), s.coef = array<float>(d, "coef");
+      s.diagonal = array<int32_t>(d, "diagonal"), s.lane_coef = array<float>(d, "lane_coef");
       s.joints = size(d, "joints"), s.graphs = graphs(d);
       s.maps = size(d, "maps"), s.hidden = size(d, "hidden");
       s.groups = s.bo > 0 ? (s.rows + s.bo - 1) / s.bo : 0;

@@ -19,6 +19,7 @@
 #include "norm.inl"
 #include "attend.inl"
 #include "fused.inl"
+#include "fused_columns.inl"
 #include "fused_product.inl"
 #include "fused_branches.inl"
 #include "fused_ctr.inl"
