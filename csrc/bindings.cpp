@@ -279,19 +279,28 @@ PYBIND11_MODULE(_native, m) {
     });
   });
 
-  m.def("sample_product", [](bool is_double, const Sizes& shape, Address x, const Sizes& x_stride, Address graphs, Address y,
-                             int threads) {
+  // shape = (N, K, C, R, T, V), R is not read; adjacency = (entries, addresses of ptr, src), or (0, graphs, 0) of the samples.
+  m.def("graph_product", [](bool is_double, const Sizes& shape, const Addresses& adjacency, Address x, const Sizes& x_stride,
+                            Address coef, Address z, int threads) {
     typed(is_double, [&](auto& ops, auto s) {
       using S = decltype(s);
-      ops.sample_product(dynamic_shape(shape), view<S>(x, x_stride), (const S*)graphs, (S*)y, threads);
+      const DynamicShape d = dynamic_shape(shape);
+      if (!adjacency[2]) return ops.sample_product(d, view<S>(x, x_stride), (const S*)adjacency[1], (S*)z, threads);
+      const Adjacency a{d.K, d.V, (int64_t)adjacency[0], (const int32_t*)adjacency[1], (const int32_t*)adjacency[2]};
+      ops.graph_product(d, a, view<S>(x, x_stride), (const S*)coef, (S*)z, threads);
     });
   });
-  m.def("sample_product_backward", [](bool is_double, const Sizes& shape, Address x, const Sizes& x_stride, Address graphs,
-                                      Address dy, const Sizes& dy_stride, Address dx, Address dgraphs, int threads) {
+  m.def("graph_product_backward", [](bool is_double, const Sizes& shape, const Addresses& adjacency, Address x,
+                                     const Sizes& x_stride, Address dz, const Sizes& dz_stride, Address coef, Address dx,
+                                     Address dgraphs, int threads) {
     typed(is_double, [&](auto& ops, auto s) {
       using S = decltype(s);
-      ops.sample_product_backward(dynamic_shape(shape), view<S>(x, x_stride), (const S*)graphs, view<S>(dy, dy_stride), (S*)dx,
-                                  (S*)dgraphs, threads);
+      const DynamicShape d = dynamic_shape(shape);
+      if (!adjacency[2])
+        return ops.sample_product_backward(d, view<S>(x, x_stride), view<S>(dz, dz_stride), (const S*)adjacency[1], (S*)dx,
+                                           (S*)dgraphs, threads);
+      const Adjacency a{d.K, d.V, (int64_t)adjacency[0], (const int32_t*)adjacency[1], (const int32_t*)adjacency[2]};
+      ops.graph_product_backward(d, a, view<S>(x, x_stride), view<S>(dz, dz_stride), (const S*)coef, (S*)dx, (S*)dgraphs, threads);
     });
   });
 

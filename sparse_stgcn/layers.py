@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .kernels import BlockPattern, graph_conv, norm, temporal_conv
+from .kernels import BlockPattern, graph_conv, graph_product, norm, temporal_conv
 from .kernels.dispatch import runs_natively
 
 __all__ = ["SparseConv2d", "TemporalUnit", "Units", "joined", "normalise", "pointwise_unit", "run_units", "stacked",
@@ -184,6 +184,10 @@ class SparseConv2d(nn.Module):
         bias = None if self.bias is None else self.bias.view(self.subsets, self.out_channels)
         if self.values is not None and self.pattern is not None:
             return graph_conv(x, self.values, self.pattern, adjacency, bias, support=support)
+        if self.training and torch.is_grad_enabled() and runs_natively("graph_product", x):
+            weight = torch.cat(self.dense_weight().chunk(self.subsets), 1)  # one product over all subsets
+            out = F.conv2d(graph_product(x, adjacency, support), weight)
+            return out if bias is None else out + (bias.t() @ adjacency.sum(1))[None, :, None, :]
         batch, channels, frames, joints = x.shape
         rows = x.reshape(-1, joints)
         # The product with A_k comes first: it then runs on the narrower side, and no K * O channels are held.
@@ -252,12 +256,13 @@ def sum_over_graphs(convs: Sequence[SparseConv2d], x: Tensor, graphs: Tensor) ->
     watched = any(conv._forward_hooks or conv._forward_pre_hooks for conv in convs)
     patterns = tuple(conv.pattern for conv in convs if conv.pattern is not None and conv.stage == "compact")
     if watched or len(patterns) < len(convs) or len({pattern.block for pattern in patterns}) > 1:
-        batch, channels, frames, joints = x.shape
-        rows, y = x.reshape(batch, -1, joints), None
-        for conv, graph in zip(convs, graphs.unbind(1), strict=True):
-            part = conv(torch.bmm(rows, graph).view(batch, channels, frames, joints))
-            y = part if y is None else y + part
-        return y  # type: ignore[return-value]  # there is a graph
+        z = graph_product(x, graphs).unflatten(1, (len(convs), -1))
+        if watched or patterns:
+            return torch.stack([conv(part) for conv, part in zip(convs, z.unbind(1), strict=True)]).sum(0)
+        weight, offset = torch.cat([conv.dense_weight() for conv in convs], 1), None
+        if convs[0].bias is not None:
+            offset = torch.stack([conv.bias for conv in convs]).sum(0)  # type: ignore[misc]
+        return F.conv2d(z.flatten(1, 2), weight, offset)
     pattern, order = _stack(patterns)
     values = torch.cat([conv.values for conv in convs])[order]  # type: ignore[misc]
     offset = None if convs[0].bias is None else torch.stack([conv.bias for conv in convs]).sum(0)  # type: ignore[misc]

@@ -236,8 +236,7 @@ void ctr_backward(const DynamicShape& s, const Pattern* p, GroupView<const S> x1
                  dx12 + (n * s.K + k) * 2 * s.R * s.V, dx3 + (n * s.K + k) * s.C * s.T * s.V, along);
     }
   });
-  for (int64_t chunk = 1; chunk < chunks; chunk++)
-    for (int64_t i = 0; i < size; i++) partial[i] += partial[chunk * size + i];
+  add_parts(partial, chunks, size);
 
   double dot = 0;  // dalpha = sum of dG (b4 + W4 D)
   for (int64_t k = 0; k < s.K; k++) {

@@ -166,8 +166,7 @@ void graph_dx(int64_t N, int64_t T, const Pattern& p, const Adjacency& a, View<c
   const int64_t count = graph_dx_with(N, T, a.V, p, plan, forward, transposed, x, dy, values, dx, dcoef ? partial : nullptr,
                                       sums, threads);
   if (!dcoef) return;
-  for (int64_t c = 1; c < count; c++)
-    for (int64_t j = 0; j < sums; j++) partial[j] += partial[c * sums + j];
+  add_parts(partial, count, sums);
   forward.collect(a, partial, dcoef);
 }
 

@@ -12,6 +12,7 @@
 #include "group_lasso.inl"
 #include "small_product.inl"
 #include "sample_graphs.inl"
+#include "graph_product.inl"
 #include "dynamic_math.inl"
 #include "dynamic_aa.inl"
 #include "dynamic_ctr.inl"
@@ -32,7 +33,7 @@ template <class S>
 constexpr Ops<S> ops() {
   return {temporal_forward<S>, temporal_dx<S>, temporal_dw<S>, pointwise_backward<S>, graph_forward<S>,
           graph_dx<S>,         graph_dw<S>,    sample_graph_forward<S>, sample_graph_dx<S>,
-          sample_graph_dw<S>, sample_product<S>, sample_product_backward<S>, lasso_square<S>, lasso_gradient<S>,
+          sample_graph_dw<S>, graph_product<S>, graph_product_backward<S>, sample_product<S>, sample_product_backward<S>, lasso_square<S>, lasso_gradient<S>,
           aa_graphs<S>,        aa_graphs_backward<S>, ctr_forward<S>, ctr_backward<S>, dg_forward<S>, dg_backward<S>,
           norm_forward<S>,     norm_backward<S>, attend_forward<S>,   attend_backward<S>};
 }

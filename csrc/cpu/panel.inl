@@ -84,6 +84,13 @@ INLINE void add_chunks(const S* partial, int64_t chunks, int64_t blocks, int64_t
   });
 }
 
+// part[0] = the sum of `count` parts, in order.
+template <class S>
+INLINE void add_parts(S* part, int64_t count, int64_t size) {
+  for (int64_t c = 1; c < count; c++)
+    for (int64_t i = 0; i < size; i++) part[i] += part[c * size + i];
+}
+
 template <class S>
 Entries<S> block_row(const Pattern& p, int64_t g, const int32_t* offset, const S* values) {
   const int64_t first = p.row_ptr[g] * p.bi;

@@ -60,8 +60,7 @@ void sample_graph_dx(const DynamicShape& s, const Pattern& p, View<const S> x, V
   if (!dgraphs) return;
   for (int64_t n = 0; n < s.N; n++) {
     S* sum = partial + n * tiles * sums;
-    for (int64_t tile = 1; tile < tiles; tile++)
-      for (int64_t i = 0; i < sums; i++) sum[i] += sum[tile * sums + i];
+    add_parts(sum, tiles, sums);
     for (int64_t r = 0; r < p.K * s.V; r++) unpack_joints(sum + r * j.ld, j, dgraphs + (n * p.K * s.V + r) * s.V);
   }
 }
@@ -73,48 +72,4 @@ void sample_graph_dw(const DynamicShape& s, const Pattern& p, View<const S> x, V
   call_scratch.reserve(graph_dw_room<S>(p, s.V) + SampleGraphs<S>::room(j, s.N, p.K));
   const SampleGraphs<S> forward(j, s.N, p.K, graphs, false, call_scratch);
   graph_dw_with(s.N, s.T, s.V, p, forward, x, dy, lasso, dw, dbias_map, threads);
-}
-
-// y[n,c,t,w] = sum over v of x[n,c,t,v] G[n,v,w]. The channels of a sample in this many parts, so that one sample serves several
-// threads; sums over parts are added in order.
-constexpr int64_t product_parts = 4;
-
-template <class S>
-void sample_product(const DynamicShape& s, View<const S> x, const S* graphs, S* y, int threads) {
-  const Joints<S> j(s.V);
-  call_scratch.reserve(SampleGraphs<S>::room(j, s.N, 1));
-  const SampleGraphs<S> forward(j, s.N, 1, graphs, false, call_scratch);
-  parallel(s.N * product_parts, threads, [&](int64_t task) {
-    const int64_t n = task / product_parts, part = task % product_parts;
-    for (int64_t c = part * s.C / product_parts; c < (part + 1) * s.C / product_parts; c++)
-      multiply(frames_of(x, n, c), forward.at(n).maps, s.T, j, y + (n * s.C + c) * s.T * s.V);
-  });
-}
-
-// dx = dy G', dG'[w,v] = sum over c, t of dy[t,w] x[t,v].
-template <class S>
-void sample_product_backward(const DynamicShape& s, View<const S> x, const S* graphs, View<const S> dy, S* dx, S* dgraphs,
-                             int threads) {
-  const Joints<S> j(s.V);
-  call_scratch.reserve(SampleGraphs<S>::room(j, s.N, 1) + Scratch::room<S>(s.N * product_parts * j.map));
-  const SampleGraphs<S> transposed(j, s.N, 1, graphs, true, call_scratch);
-  S* parts = call_scratch.take<S>(s.N * product_parts * j.map);
-  parallel(s.N * product_parts, threads, [&](int64_t task) {
-    const int64_t n = task / product_parts, part = task % product_parts;
-    task_scratch.reserve(Scratch::room<S>(s.T * j.ld));
-    S* packed = task_scratch.take<S>(s.T * j.ld);
-    S* sum = parts + task * j.map;
-    std::memset(sum, 0, j.map * sizeof(S));
-    for (int64_t c = part * s.C / product_parts; c < (part + 1) * s.C / product_parts; c++) {
-      multiply(frames_of(dy, n, c), transposed.at(n).maps, s.T, j, dx + (n * s.C + c) * s.T * s.V);
-      pack_frames(frames_of(x, n, c), s.T, j, packed);
-      correlate(frames_of(dy, n, c), packed, s.T, j, sum, true);
-    }
-  });
-  for (int64_t n = 0; n < s.N; n++) {
-    S* sum = parts + n * product_parts * j.map;
-    for (int64_t part = 1; part < product_parts; part++)
-      for (int64_t i = 0; i < j.map; i++) sum[i] += sum[part * j.map + i];
-    unpack_transposed_map(sum, j, dgraphs + n * s.V * s.V);
-  }
 }

@@ -96,9 +96,12 @@ struct Ops {
                           const S* graphs, S* dx, S* dgraphs, int threads);
   void (*sample_graph_dw)(const DynamicShape&, const Pattern&, View<const S> x, View<const S> dy, const S* graphs,
                           const Lasso<S>&, S* dw, S* dbias_map, int threads);
-  // y (N, C, T, V) = x times graphs (N, V, V).
-  void (*sample_product)(const DynamicShape&, View<const S> x, const S* graphs, S* y, int threads);
-  void (*sample_product_backward)(const DynamicShape&, View<const S> x, const S* graphs, View<const S> dy, S* dx, S* dgraphs,
+  // z (N, K C, T, V) = x (N, C, T, V) times a shared adjacency, or times graphs (N, K, V, V). dcoef, dgraphs may be nullptr.
+  void (*graph_product)(const DynamicShape&, const Adjacency&, View<const S> x, const S* coef, S* z, int threads);
+  void (*graph_product_backward)(const DynamicShape&, const Adjacency&, View<const S> x, View<const S> dz, const S* coef, S* dx,
+                                 S* dcoef, int threads);
+  void (*sample_product)(const DynamicShape&, View<const S> x, const S* graphs, S* z, int threads);
+  void (*sample_product_backward)(const DynamicShape&, View<const S> x, View<const S> dz, const S* graphs, S* dx, S* dgraphs,
                                   int threads);
   double (*lasso_square)(int64_t O, int64_t I, int64_t K, const S* w, const int64_t stride[3], const uint8_t* kept);
   void (*lasso_gradient)(int64_t O, int64_t I, int64_t K, const S* w, const int64_t stride[3], const uint8_t* kept,

@@ -58,8 +58,7 @@ class GraphUnit(nn.Module):
         return self._support[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        support = self.support() if self.conv.stage == "compact" else None
-        return normalise(self.bn, self.conv.aggregate(x, self.graph(), support), relu=True)
+        return normalise(self.bn, self.conv.aggregate(x, self.graph(), self.support()), relu=True)
 
 
 class STGCN(Backbone):

@@ -5,10 +5,11 @@ from ._library import Lasso
 from .attend import attend
 from .dispatch import backends
 from .graph_conv import Support, graph_conv
+from .graph_product import graph_product
 from .group_lasso import group_lasso, lasso_terms
 from .norm import norm
 from .pattern import BlockPattern
 from .temporal_conv import temporal_conv
 
-__all__ = ["BlockPattern", "Lasso", "Support", "attend", "backends", "graph_conv", "group_lasso", "lasso_terms", "norm",
-           "temporal_conv"]
+__all__ = ["BlockPattern", "Lasso", "Support", "attend", "backends", "graph_conv", "graph_product",
+           "group_lasso", "lasso_terms", "norm", "temporal_conv"]

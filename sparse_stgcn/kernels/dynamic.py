@@ -191,8 +191,8 @@ def _fake_aa(x: Tensor, a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> Tenso
 @implement("aa_aggregate", _fake_aa)
 def _aa(x: Tensor, a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
     (y,), graphs = new(x), _aa_graphs(a[:, None], b[:, None], alpha, A[None])
-    _native.module.sample_product(x.dtype == torch.float64, _aa_sizes(x), x.data_ptr(), x.stride(), graphs.data_ptr(),
-                                  y.data_ptr(), torch.get_num_threads())
+    _native.module.graph_product(x.dtype == torch.float64, _aa_sizes(x), [0, graphs.data_ptr(), 0], x.data_ptr(), x.stride(),
+                                 0, y.data_ptr(), torch.get_num_threads())
     return y
 
 
@@ -210,9 +210,9 @@ def _aa_backward(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: Tensor, A: 
     a, b, shared = a[:, None], b[:, None], A[None]
     graphs = _aa_graphs(a, b, alpha, shared)
     dgraphs = torch.empty_like(graphs)
-    _native.module.sample_product_backward(x.dtype == torch.float64, _aa_sizes(x), x.data_ptr(), x.stride(), graphs.data_ptr(),
-                                           dy.data_ptr(), dy.stride(), dx.data_ptr(), dgraphs.data_ptr(),
-                                           torch.get_num_threads())
+    _native.module.graph_product_backward(
+        x.dtype == torch.float64, _aa_sizes(x), [0, graphs.data_ptr(), 0], x.data_ptr(), x.stride(), dy.data_ptr(),
+        dy.stride(), 0, dx.data_ptr(), dgraphs.data_ptr(), torch.get_num_threads())
     _aa_graphs_backward(a, b, alpha, dgraphs, da[:, None], db[:, None], dalpha, dA)
     return dx, da, db, dalpha, dA
 

@@ -42,7 +42,8 @@ class Support:
 _supports: Any = WeakIdKeyDictionary()  # bool tensor -> (its version, Support): a layer's support is built once
 
 
-def _support(adjacency: Tensor, support: Tensor | Support | None) -> Support:
+def support_of(adjacency: Tensor, support: Tensor | Support | None) -> Support:
+    """The entries of a shared adjacency that may differ from 0, see ``graph_conv``."""
     if isinstance(support, Support):
         return support
     if support is None:
@@ -113,7 +114,7 @@ def graph_conv(x: Tensor, values: Tensor, pattern: BlockPattern, adjacency: Tens
             return y
         # A product and a sum, not a matrix product: BLAS may split its sum differently for other thread counts.
         return y + (bias[:, :, None] * adjacency.sum(2)[:, :, None]).sum(1)[:, :, None].to(y.dtype)
-    entries = _support(adjacency, support)
+    entries = support_of(adjacency, support)
     coefficients = adjacency.reshape(-1)[entries.flat]
     bias_map = None
     if bias is not None:
