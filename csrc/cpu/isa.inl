@@ -15,6 +15,9 @@
 #include "dynamic_ctr.inl"
 #include "dynamic_dg.inl"
 #include "norm.inl"
+#include "block_rows.inl"
+#include "block_forward.inl"
+#include "block_backward.inl"
 #include "fused.inl"
 #include "fused_product.inl"
 #include "fused_branches.inl"
@@ -29,5 +32,5 @@ constexpr Ops<S> ops() {
   return {temporal_forward<S>, temporal_dx<S>, temporal_dw<S>, graph_forward<S>,
           graph_dx<S>,         graph_dw<S>,    lasso_square<S>, lasso_gradient<S>,
           aa_forward<S>,       aa_backward<S>, ctr_forward<S>, ctr_backward<S>, dg_forward<S>, dg_backward<S>,
-          norm_forward<S>,     norm_backward<S>};
+          norm_forward<S>,     norm_backward<S>, block_forward<S>, block_backward<S>};
 }

@@ -57,6 +57,28 @@ struct NormShape {
   int64_t N, C, P;
 };
 
+// A block of ST-GCN in training mode: z = graph_conv(x), y = temporal_conv(relu(bn1(z))), out = relu(bn2(y) + residual).
+// Tensors are contiguous. `residual` is nullptr where there is none, and `bias_map`, `temporal_bias` and dcoef too.
+template <class S>
+struct BlockNorm {
+  const S *gamma, *beta;
+  S *mean, *rstd, *variance;  // of the batch; variance: unbiased
+  double eps;
+};
+template <class S>
+struct BlockTensors {
+  const S *x, *residual, *graph_values, *coef, *bias_map, *temporal_values, *temporal_bias;
+  BlockNorm<S> first, second;
+  S *z, *y, *out;
+};
+template <class S>
+struct BlockGradients {
+  const S* dout;
+  S *g, *dz;                         // dout where the last ReLU is open (the gradient of the residual), and a workspace like z
+  S *dx, *dgraph, *dcoef, *dbias_map, *dtemporal, *dbias, *dgamma1, *dbeta1, *dgamma2, *dbeta2;
+  bool identity;                     // the residual is x: dx includes its gradient
+};
+
 template <class S>
 struct Ops {
   void (*temporal_forward)(const TemporalShape&, const Pattern&, View<const S> x, const S* values, const S* bias, S* y,
@@ -97,6 +119,10 @@ struct Ops {
   void (*norm_backward)(const NormShape&, View<const S> dy, View<const S> x, View<const S> y, const S* gamma, const S* beta,
                         const S* mean, const S* rstd, bool open, View<S> dx, View<S> dresidual, S* dgamma, S* dbeta,
                         int threads);
+  void (*block_forward)(const TemporalShape&, const Pattern& graph, const Adjacency&, const Pattern& temporal,
+                        const BlockTensors<S>&, int threads);
+  void (*block_backward)(const TemporalShape&, const Pattern& graph, const Adjacency&, const Pattern& temporal,
+                         const BlockTensors<S>&, const BlockGradients<S>&, int threads);
 };
 
 struct Table {

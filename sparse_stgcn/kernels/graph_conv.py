@@ -100,6 +100,13 @@ def graph_conv(x: Tensor, values: Tensor, pattern: BlockPattern, adjacency: Tens
         return reference.graph_conv(x, lasso.wrap(values) if lasso else values, pattern, adjacency, bias)
     # Gradients of what is small are float32 until the end too: they are rounded once.
     values, adjacency, bias = _native.wide(values), _native.wide(adjacency), None if bias is None else _native.wide(bias)
+    entries, coefficients, bias_map = prepare(adjacency, bias, support)
+    return _GraphConv.apply(x, values, coefficients, bias_map, pattern.row_ptr, pattern.input, pattern.tap, entries.ptr,
+                            entries.source, pattern.shape, pattern.block, *(lasso or Lasso(None, None)))
+
+
+def prepare(adjacency: Tensor, bias: Tensor | None, support: Tensor | Support | None) -> tuple[Support, Tensor, Tensor | None]:
+    """The entries of a shared adjacency, their coefficients, and what a bias (K, O) becomes behind the adjacency: (O, V)."""
     entries = _support(adjacency, support)
     coefficients = adjacency.reshape(-1)[entries.flat]
     bias_map = None
@@ -108,8 +115,7 @@ def graph_conv(x: Tensor, values: Tensor, pattern: BlockPattern, adjacency: Tens
         inside = adjacency.new_zeros(adjacency.numel()).index_put((entries.flat,), coefficients).view_as(adjacency)
         # A product and a sum, not a matrix product: BLAS may split its sum differently for other thread counts.
         bias_map = (bias[:, :, None] * inside.sum(1)[:, None, :]).sum(0)
-    return _GraphConv.apply(x, values, coefficients, bias_map, pattern.row_ptr, pattern.input, pattern.tap, entries.ptr,
-                            entries.source, pattern.shape, pattern.block, *(lasso or Lasso(None, None)))
+    return entries, coefficients, bias_map
 
 
 def _mask(support: Support, adjacency: Tensor) -> Tensor:
