@@ -55,6 +55,20 @@ GroupView<S> group_view(Address data, const Sizes& stride) {
   return {(S*)data, {stride[0], stride[1], stride[2], stride[3], stride[4]}};
 }
 
+// A block's tensors in the order of kernels/stgcn_block.py; those behind them are the gradients.
+template <class S>
+BlockTensors<S> block_tensors(const Addresses& t, const std::array<double, 2>& eps) {
+  const auto in = [&](int i) { return (const S*)t[i]; };
+  const auto norm = [&](int i, double e) { return BlockNorm<S>{in(i), in(i + 1), (S*)t[i + 2], (S*)t[i + 3], (S*)t[i + 4], e}; };
+  return {in(0), in(1), in(2), in(3), in(4), in(5), in(6), norm(7, eps[0]), norm(12, eps[1]), (S*)t[17], (S*)t[18], (S*)t[19]};
+}
+template <class S>
+BlockGradients<S> block_gradients(const Addresses& t, bool identity) {
+  const auto out = [&](int i) { return (S*)t[i]; };
+  return {(const S*)t[0], out(1), out(2),  out(3),  out(4),  out(5), out(6),
+          out(7),         out(8), out(9), out(10), out(11), out(12), identity};
+}
+
 // A View of which only the strides of sample and channel are used.
 template <class S>
 View<S> plane(Address data, const Sizes& stride) {
@@ -401,6 +415,30 @@ PYBIND11_MODULE(_native, m) {
       using S = decltype(s);
       ops.attend_backward(attend_shape(size), (const S*)t[0], (const S*)t[1], attend_parameters<const S*>(&t[2]), (const S*)t[10],
                           (S*)t[11], attend_parameters<S*>(&t[12]), threads);
+    });
+  });
+
+  // A block of ST-GCN: shape as in temporal_conv, eps of both norms; graph = (K, V, entries).
+  m.def("block_forward", [](bool is_double, const Sizes& shape, const Sizes& graph_size, const std::array<Address, 3>& graph_index,
+                            const Sizes& graph, const std::array<Address, 2>& adjacency, const Sizes& temporal_size,
+                            const std::array<Address, 3>& temporal_index, const std::array<double, 2>& eps, const Addresses& t,
+                            int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      const Adjacency a{graph[0], graph[1], graph[2], (const int32_t*)adjacency[0], (const int32_t*)adjacency[1]};
+      ops.block_forward(temporal_shape(shape), pattern(graph_size, graph_index), a, pattern(temporal_size, temporal_index),
+                        block_tensors<S>(t, eps), threads);
+    });
+  });
+  m.def("block_backward", [](bool is_double, const Sizes& shape, const Sizes& graph_size, const std::array<Address, 3>& graph_index,
+                             const Sizes& graph, const std::array<Address, 2>& adjacency, const Sizes& temporal_size,
+                             const std::array<Address, 3>& temporal_index, const Addresses& t, const Addresses& gradients,
+                             bool identity, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      const Adjacency a{graph[0], graph[1], graph[2], (const int32_t*)adjacency[0], (const int32_t*)adjacency[1]};
+      ops.block_backward(temporal_shape(shape), pattern(graph_size, graph_index), a, pattern(temporal_size, temporal_index),
+                         block_tensors<S>(t, {}), block_gradients<S>(gradients, identity), threads);
     });
   });
 

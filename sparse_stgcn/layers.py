@@ -14,8 +14,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .kernels import BlockPattern, graph_conv, graph_product, norm, temporal_conv
 from .kernels.dispatch import runs_natively
 
-__all__ = ["SparseConv2d", "TemporalUnit", "Units", "joined", "normalise", "pointwise_unit", "run_units", "stacked",
-           "sum_over_graphs"]
+__all__ = ["SparseConv2d", "TemporalUnit", "Units", "joined", "norm_fuses", "normalise", "pointwise_unit", "run_units",
+           "stacked", "sum_over_graphs", "track", "unwatched"]
 
 
 class SparseConv2d(nn.Module):
@@ -234,7 +234,7 @@ def _as_one(convs: Sequence[SparseConv2d], x: Tensor) -> Tensor | None:
     kinds = {(conv.kernel_size, conv.stride, conv.subsets, conv.bias is None) for conv in convs}
     if len(kinds) > 1 or convs[0].kernel_size > 1:
         raise ValueError(f"Expected 1 x 1 convolutions of one stride. Got {', '.join(map(str, convs))}.")
-    if any(conv._forward_hooks or conv._forward_pre_hooks for conv in convs):
+    if not all(map(unwatched, convs)):
         return None
     stages = {conv.stage == "compact" for conv in convs}
     bias = None if convs[0].bias is None else torch.cat([conv.bias for conv in convs])  # type: ignore[misc]
@@ -253,7 +253,7 @@ def sum_over_graphs(convs: Sequence[SparseConv2d], x: Tensor, graphs: Tensor) ->
 
     Compact 1 x 1 convolutions of one block are one graph convolution, in which no x G_k exists as a whole.
     """
-    watched = any(conv._forward_hooks or conv._forward_pre_hooks for conv in convs)
+    watched = not all(map(unwatched, convs))
     patterns = tuple(conv.pattern for conv in convs if conv.pattern is not None and conv.stage == "compact")
     if watched or len(patterns) < len(convs) or len({pattern.block for pattern in patterns}) > 1:
         z = graph_product(x, graphs).unflatten(1, (len(convs), -1))
@@ -267,6 +267,11 @@ def sum_over_graphs(convs: Sequence[SparseConv2d], x: Tensor, graphs: Tensor) ->
     values = torch.cat([conv.values for conv in convs])[order]  # type: ignore[misc]
     offset = None if convs[0].bias is None else torch.stack([conv.bias for conv in convs]).sum(0)  # type: ignore[misc]
     return graph_conv(x, values, pattern, graphs.to(x.dtype), offset=offset)
+
+
+def unwatched(module: nn.Module) -> bool:
+    """No hook looks at what goes into the module or comes out of it, so that others may do its work."""
+    return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 _joins: WeakIdKeyDictionary = WeakIdKeyDictionary()  # first pattern -> the patterns joined, and their join
@@ -322,7 +327,7 @@ def normalise(bns: nn.Module | Sequence[nn.Module], xs: Tensor | Sequence[Tensor
     """
     norms = [bns] if isinstance(bns, nn.Module) else list(bns)
     tensors = [xs] if isinstance(xs, Tensor) else list(xs)
-    if all(_fuses(bn, x) for bn, x in zip(norms, tensors, strict=True)) and len({bn.eps for bn in norms}) == 1:
+    if all(norm_fuses(bn, x) for bn, x in zip(norms, tensors, strict=True)) and len({bn.eps for bn in norms}) == 1:
         return _fused(norms, tensors, residual, relu, relu_before)  # type: ignore[arg-type]
     parts = [bn(x) for bn, x in zip(norms, tensors, strict=True)]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -331,7 +336,7 @@ def normalise(bns: nn.Module | Sequence[nn.Module], xs: Tensor | Sequence[Tensor
     return F.relu(y) if relu else y
 
 
-def _fuses(bn: nn.Module, x: Tensor) -> bool:
+def norm_fuses(bn: nn.Module, x: Tensor) -> bool:
     """Whether ``kernels.norm`` can stand for ``bn`` on x."""
     if type(bn) is not nn.BatchNorm2d or bn.weight is None or not (bn.training or bn.running_mean is None):
         return False
@@ -346,16 +351,21 @@ def _fused(norms: list[nn.BatchNorm2d], xs: list[Tensor], residual: Tensor | Non
     weight, bias = join([bn.weight for bn in norms]), join([bn.bias for bn in norms])
     y, mean, variance = norm(xs, weight, bias, norms[0].eps, residual, relu, relu_before)
     widths = [bn.num_features for bn in norms]
-    with torch.no_grad():
-        for bn, batch_mean, batch_variance in zip(norms, mean.split(widths), variance.split(widths), strict=True):
-            if bn.running_mean is None:
-                continue
-            bn.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # it comes with running_mean
-            batches: Any = bn.num_batches_tracked
-            momentum = 1 / int(batches) if bn.momentum is None else bn.momentum
-            bn.running_mean.lerp_(batch_mean, momentum)
-            bn.running_var.lerp_(batch_variance, momentum)
+    for bn, batch_mean, batch_variance in zip(norms, mean.split(widths), variance.split(widths), strict=True):
+        track(bn, batch_mean, batch_variance)
     return y
+
+
+@torch.no_grad()
+def track(bn: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
+    """Takes the mean and the unbiased variance of a batch into the running statistics, as ``nn.BatchNorm2d`` does."""
+    if bn.running_mean is None:
+        return
+    bn.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # it comes with running_mean
+    batches: Any = bn.num_batches_tracked
+    momentum = 1 / int(batches) if bn.momentum is None else bn.momentum
+    bn.running_mean.lerp_(mean, momentum)
+    bn.running_var.lerp_(variance, momentum)
 
 
 class TemporalUnit(nn.Module):

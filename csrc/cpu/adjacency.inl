@@ -86,6 +86,18 @@ struct AdjacencyTable {
       }
   }
 
+  // z = start (or 0) + sum over subsets k of rows[k] through A_k, where rows[k] is not nullptr. z has room for a register.
+  void join(const S* const* rows, const S* start, int64_t frames, S* z) const {
+#if VECTOR_BYTES == 64
+    if constexpr (sizeof(S) == 4)
+      if (V <= 32) return permute_join(rows, start, frames, z);
+#endif
+    if (start) std::memcpy(z, start, frames * V * sizeof(S));
+    else std::memset(z, 0, frames * V * sizeof(S));
+    for (int64_t k = 0; k < K; k++)
+      if (rows[k]) add(k, rows[k], frames, z);
+  }
+
   // sum[s][w] += sum over t of x[t, index[s][w]] * dz[t, w]: the gradient of every coefficient, slot by slot.
   void correlate(int64_t k, const S* x, const S* dz, int64_t frames, S* sums) const {
 #if VECTOR_BYTES == 64
@@ -105,23 +117,43 @@ struct AdjacencyTable {
   }
 
 #if VECTOR_BYTES == 64
-  // Reads and writes whole registers: up to 32 elements from the start of the last frame, within the row's slack. Lanes
-  // past V are overwritten by the next frame when the row is written anew, and masked off when it is added to.
+  // Reads and writes whole registers: up to 32 elements from the start of the last frame, within the row's slack. Lanes past V are
+  // 0 and overwritten by the next frame when the row is written anew; they are masked off when it is added to.
   template <bool ADD>
   void permute(int64_t k, const float* x, int64_t frames, float* z) const {
     const __mmask16 low = V >= 16 ? 0xffff : (1u << V) - 1, high = V > 16 ? (__mmask16)((1u << (V - 16)) - 1) : 0;
     for (int64_t t = 0; t < frames; t++, x += V, z += V) {
-      const __m512 lo = _mm512_loadu_ps(x), hi = _mm512_loadu_ps(x + 16);
       __m512 a = ADD ? _mm512_maskz_loadu_ps(low, z) : _mm512_setzero_ps();
       __m512 b = ADD ? _mm512_maskz_loadu_ps(high, z + 16) : _mm512_setzero_ps();
-      for (int64_t s = k * V; s < k * V + slots[k]; s++) {
-        const int32_t* id = index + s * stride;
-        a = _mm512_fmadd_ps(_mm512_loadu_ps(weight + s * stride), _mm512_permutex2var_ps(lo, _mm512_loadu_si512(id), hi), a);
-        b = _mm512_fmadd_ps(_mm512_loadu_ps(weight + s * stride + 16),
-                            _mm512_permutex2var_ps(lo, _mm512_loadu_si512(id + 16), hi), b);
+      permute_frame(k, x, a, b);
+      if (ADD) {
+        _mm512_mask_storeu_ps(z, low, a);
+        _mm512_mask_storeu_ps(z + 16, high, b);
+      } else {
+        _mm512_storeu_ps(z, a);
+        _mm512_storeu_ps(z + 16, b);
       }
-      _mm512_mask_storeu_ps(z, low, a);
-      _mm512_mask_storeu_ps(z + 16, high, b);
+    }
+  }
+  INLINE void permute_frame(int64_t k, const float* x, __m512& a, __m512& b) const {
+    const __m512 lo = _mm512_loadu_ps(x), hi = _mm512_loadu_ps(x + 16);
+    for (int64_t s = k * V; s < k * V + slots[k]; s++) {
+      const int32_t* id = index + s * stride;
+      a = _mm512_fmadd_ps(_mm512_loadu_ps(weight + s * stride), _mm512_permutex2var_ps(lo, _mm512_loadu_si512(id), hi), a);
+      b = _mm512_fmadd_ps(_mm512_loadu_ps(weight + s * stride + 16),
+                          _mm512_permutex2var_ps(lo, _mm512_loadu_si512(id + 16), hi), b);
+    }
+  }
+  // The sums over subsets stay in registers: a frame that is added to in memory waits for the masked store before it.
+  void permute_join(const float* const* rows, const float* start, int64_t frames, float* z) const {
+    const __mmask16 low = V >= 16 ? 0xffff : (1u << V) - 1, high = V > 16 ? (__mmask16)((1u << (V - 16)) - 1) : 0;
+    for (int64_t t = 0; t < frames; t++, z += V) {
+      __m512 a = start ? _mm512_maskz_loadu_ps(low, start + t * V) : _mm512_setzero_ps();
+      __m512 b = start ? _mm512_maskz_loadu_ps(high, start + t * V + 16) : _mm512_setzero_ps();
+      for (int64_t k = 0; k < K; k++)
+        if (rows[k]) permute_frame(k, rows[k] + t * V, a, b);
+      _mm512_storeu_ps(z, a);
+      _mm512_storeu_ps(z + 16, b);
     }
   }
   // The same for N slots, V >= 16, with the table in registers. All frames but the last of a run are stored whole: what lies past V

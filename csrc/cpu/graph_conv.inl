@@ -11,7 +11,8 @@ struct GraphPlan {
   int32_t* row;  // (I, K) -> row of the panel, or -1
 
   template <class S>
-  static GraphPlan make(int64_t N, int64_t T, int64_t V, const Pattern& p, int64_t threads, int64_t tasks, int32_t* row) {
+  static GraphPlan make(int64_t N, int64_t T, int64_t V, const Pattern& p, int64_t threads, int64_t tasks, int32_t* row,
+                        int64_t panels = 1) {
     GraphPlan r;
     r.row = row;
     for (int64_t j = 0; j < p.I * p.K; j++) row[j] = -1;
@@ -20,7 +21,7 @@ struct GraphPlan {
     r.zrows = 0;
     for (int64_t j = 0; j < p.I * p.K; j++)
       if (row[j] == 0) row[j] = (int32_t)r.zrows++;
-    r.frames = tile_frames(T, max64(r.zrows, 1), V, sizeof(S), N, threads, tasks);
+    r.frames = tile_frames(T, max64(panels * r.zrows, 1), V, sizeof(S), N, threads, tasks);
     r.tiles = ceil_div(T, r.frames);
     r.ld = row_length<S>(r.frames * V);
     return r;

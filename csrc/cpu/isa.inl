@@ -19,6 +19,9 @@
 #include "dynamic_dg.inl"
 #include "norm.inl"
 #include "attend.inl"
+#include "block_rows.inl"
+#include "block_forward.inl"
+#include "block_backward.inl"
 #include "fused.inl"
 #include "fused_columns.inl"
 #include "fused_product.inl"
@@ -33,7 +36,9 @@ template <class S>
 constexpr Ops<S> ops() {
   return {temporal_forward<S>, temporal_dx<S>, temporal_dw<S>, pointwise_backward<S>, graph_forward<S>,
           graph_dx<S>,         graph_dw<S>,    sample_graph_forward<S>, sample_graph_dx<S>,
-          sample_graph_dw<S>, graph_product<S>, graph_product_backward<S>, sample_product<S>, sample_product_backward<S>, lasso_square<S>, lasso_gradient<S>,
+          sample_graph_dw<S>, graph_product<S>, graph_product_backward<S>, sample_product<S>,
+          sample_product_backward<S>, lasso_square<S>, lasso_gradient<S>,
           aa_graphs<S>,        aa_graphs_backward<S>, ctr_forward<S>, ctr_backward<S>, dg_forward<S>, dg_backward<S>,
-          norm_forward<S>,     norm_backward<S>, attend_forward<S>,   attend_backward<S>};
+          norm_forward<S>,     norm_backward<S>, attend_forward<S>,   attend_backward<S>,
+          block_forward<S>,    block_backward<S>};
 }

@@ -99,18 +99,17 @@ INLINE Vec<S> valid_lanes(Vec<S> v, int64_t count) {
 template <class S>
 INLINE Vec<S> load_valid(const S* p, int64_t count) { return count < lanes<S> ? load_some(p, count) : load(p); }
 
-// mean and the sum of squares about it, of channel c.
+// The numbers of one channel: how many, and their sum and sum of squares about `origin`, the first of them.
 template <class S>
-void channel_moments(const NormShape& s, const View<const S>& x, int64_t c, double& mean, double& square) {
-  const double total = (double)s.N * (double)s.P;
-  double sum = 0, about = 0;  // about: sum of (x - origin)^2, sum: of x - origin
-  const double origin = (double)*(x.data + c * x.stride[1]);
-  S pivot = (S)origin;
-  bool first_block = true;
-  for (int64_t n = 0; n < s.N; n++) {
-    const S* row = x.data + n * x.stride[0] + c * x.stride[1];
-    row_blocks<S>(s.P, [&](int64_t p, int64_t vectors, int64_t rest) __attribute__((always_inline)) {
-      const double count = (double)(vectors * lanes<S> + rest);
+struct Moments {
+  double count = 0, origin = 0, sum = 0, about = 0;
+  S pivot = 0;  // the mean of the last block
+
+  INLINE void add(const S* row, int64_t pixels) {
+    row_blocks<S>(pixels, [&](int64_t p, int64_t vectors, int64_t rest) __attribute__((always_inline)) {
+      const double numbers = (double)(vectors * lanes<S> + rest);
+      const bool first_block = count == 0;
+      if (first_block) pivot = row[p], origin = (double)pivot;
       double d = 0, q = 0;
       for (int turn = first_block ? 0 : 1; turn < 2; turn++) {
         const Vec<S> about_pivot = splat(pivot);
@@ -118,30 +117,40 @@ void channel_moments(const NormShape& s, const View<const S>& x, int64_t c, doub
           u = valid_lanes<S>(load_valid(row + p + at, valid) - about_pivot, valid);
           v = u * u;
         });
-        if (turn == 0) pivot = (S)(pivot + d / count);
+        if (turn == 0) pivot = (S)(pivot + d / numbers);
       }
-      first_block = false;
       const double off = (double)pivot - origin;
-      sum += d + count * off;
-      about += q + 2 * off * d + count * off * off;
-      pivot = (S)(pivot + d / count);
+      count += numbers;
+      sum += d + numbers * off;
+      about += q + 2 * off * d + numbers * off * off;
+      pivot = (S)(pivot + d / numbers);
     });
   }
-  mean = origin + sum / total;
-  square = about - sum * sum / total;
-  if (square < 0) square = 0;
-}
+  void merge(const Moments& m) {
+    if (count == 0) return void(*this = m);
+    const double off = m.origin - origin;
+    sum += m.sum + m.count * off;
+    about += m.about + 2 * off * m.sum + m.count * off * off;
+    count += m.count;
+  }
+  double mean() const { return origin + sum / count; }
+  double square() const {  // the sum of squares about the mean
+    const double s = about - sum * sum / count;
+    return s < 0 ? 0 : s;
+  }
+  void finish(double eps, S& mean_, S& rstd, S& variance) const {
+    mean_ = (S)mean(), rstd = (S)(1 / std::sqrt(square() / count + eps)), variance = (S)(square() / (count - 1));
+  }
+};
 
 template <class S>
 void norm_forward(const NormShape& s, View<const S> x, View<const S> residual, const S* gamma, const S* beta, double eps,
                   bool open, bool relu, View<S> y, S* mean, S* rstd, S* variance, int threads) {
-  const double total = (double)s.N * (double)s.P;
   const bool streams = is_streamed<S>(s.N * s.C * s.P);
   parallel(s.C, threads, [&](int64_t c) {
-    double m, square;
-    channel_moments(s, x, c, m, square);
-    const double r = 1 / std::sqrt(square / total + eps);
-    mean[c] = (S)m, rstd[c] = (S)r, variance[c] = (S)(square / (total - 1));
+    Moments<S> moments;
+    for (int64_t n = 0; n < s.N; n++) moments.add(x.data + n * x.stride[0] + c * x.stride[1], s.P);
+    moments.finish(eps, mean[c], rstd[c], variance[c]);
     const Affine<S> affine(gamma[c] * rstd[c], beta[c], mean[c]);
     for (int64_t n = 0; n < s.N; n++) {
       const S* from = x.data + n * x.stride[0] + c * x.stride[1];

@@ -72,6 +72,27 @@ template <class S>
 using AttendWeights = AttendParameters<const S*>;
 template <class S>
 using AttendGradients = AttendParameters<S*>;
+// A block of ST-GCN in training mode: z = graph_conv(x), y = temporal_conv(relu(bn1(z))), out = relu(bn2(y) + residual).
+// Tensors are contiguous. `residual` is nullptr where there is none, and `bias_map`, `temporal_bias` and dcoef too.
+template <class S>
+struct BlockNorm {
+  const S *gamma, *beta;
+  S *mean, *rstd, *variance;  // of the batch; variance: unbiased
+  double eps;
+};
+template <class S>
+struct BlockTensors {
+  const S *x, *residual, *graph_values, *coef, *bias_map, *temporal_values, *temporal_bias;
+  BlockNorm<S> first, second;
+  S *z, *y, *out;
+};
+template <class S>
+struct BlockGradients {
+  const S* dout;
+  S *g, *dz;                         // dout where the last ReLU is open (the gradient of the residual), and a workspace like z
+  S *dx, *dgraph, *dcoef, *dbias_map, *dtemporal, *dbias, *dgamma1, *dbeta1, *dgamma2, *dbeta2;
+  bool identity;                     // the residual is x: dx includes its gradient
+};
 
 template <class S>
 struct Ops {
@@ -134,6 +155,10 @@ struct Ops {
   void (*attend_forward)(const AttendShape&, const S* y, const AttendWeights<S>&, S* out, S* state, int threads);
   void (*attend_backward)(const AttendShape&, const S* y, const S* dout, const AttendWeights<S>&, const S* state, S* dy,
                           const AttendGradients<S>&, int threads);
+  void (*block_forward)(const TemporalShape&, const Pattern& graph, const Adjacency&, const Pattern& temporal,
+                        const BlockTensors<S>&, int threads);
+  void (*block_backward)(const TemporalShape&, const Pattern& graph, const Adjacency&, const Pattern& temporal,
+                         const BlockTensors<S>&, const BlockGradients<S>&, int threads);
 };
 
 struct Table {

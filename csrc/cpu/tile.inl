@@ -97,8 +97,7 @@ INLINE void dot(const S* x, const int32_t* offset, const S* dy, int64_t ldy, int
       UNROLL for (int e = 0; e < E; e++) acc[e][o] += d * in[e];
     }
   }
-  UNROLL for (int e = 0; e < E; e++)
-    UNROLL for (int o = 0; o < R; o++) dw[e * bo + o] += sum_lanes<S>(acc[e][o]);
+  UNROLL for (int e = 0; e < E; e++) add_sums<S, R>(dw + e * bo, acc[e]);
 }
 
 // Calls body(std::integral_constant<R>, first row) for pieces of MAX_ROWS, 4, 2, 1 rows.
@@ -170,20 +169,29 @@ INLINE void scatter_row(S* panel, Entries<S> e, int64_t rows, const S* dy, int64
   });
 }
 
-// dY in pieces of 40 vectors: 8 rows of them stay in L1 for all entries of the block row.
-template <class S>
+// dY in pieces of 40 vectors: 8 rows of them stay in L1 for all entries of the block row. `between` is called after every tile.
+constexpr int64_t dot_piece = 40;
+
+struct Nothing {
+  INLINE void operator()() const {}
+};
+template <class S, class Between = Nothing>
 INLINE void dot_row(const S* panel, const int32_t* offset, int64_t entries, int64_t bo, int64_t rows, const S* dy,
-                    int64_t ldy, int64_t pixels, S* dw) {
-  const int64_t vectors = ceil_div(pixels, lanes<S>), piece = 40;
-  for (int64_t v = 0; v < vectors; v += piece) {
-    const int64_t count = min64(piece, vectors - v), p = v * lanes<S>;
+                    int64_t ldy, int64_t pixels, S* dw, Between&& between = {}) {
+  const int64_t vectors = ceil_div(pixels, lanes<S>);
+  for (int64_t v = 0; v < vectors; v += dot_piece) {
+    const int64_t count = min64(dot_piece, vectors - v), p = v * lanes<S>;
     row_pieces(rows, [&](auto r, int64_t o) __attribute__((always_inline)) {
       constexpr int R = decltype(r)::value, E = tile_vectors<R>;
       int64_t e = 0;
-      for (; entries - e >= E; e += E)
+      for (; entries - e >= E; e += E) {
         dot<S, R, E>(panel + p, offset + e, dy + o * ldy + p, ldy, count, dw + e * bo + o, bo);
-      for (; e < entries; e++)
+        between();
+      }
+      for (; e < entries; e++) {
         dot<S, R, 1>(panel + p, offset + e, dy + o * ldy + p, ldy, count, dw + e * bo + o, bo);
+        between();
+      }
     });
   }
 }

@@ -63,6 +63,7 @@ class Backbone(nn.Module):
         norm: features of the input norm: "VC" per joint and channel, whatever M is; "MVC" also per person,
             which fixes M to ``num_person``.
         names: state-dict keys of the block list, and of a block's spatial and temporal unit.
+        block: the class of the blocks.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Backbone(nn.Module):
         num_person: int = 2,
         base_channels: int = 64,
         names: tuple[str, str, str] = ("gcn", "gcn", "tcn"),
+        block: type[Block] = Block,
     ) -> None:
         super().__init__()
         self.skeleton, self.in_channels = skeleton, in_channels
@@ -84,7 +86,7 @@ class Backbone(nn.Module):
         before = in_channels
         for factor, stride in _TABLE:
             width = base_channels * factor
-            blocks.append(Block(spatial(before, width), temporal(width, width, stride), before, width, stride,
+            blocks.append(block(spatial(before, width), temporal(width, width, stride), before, width, stride,
                                 residual=bool(blocks), names=names[1:]))
             before = width
         self.out_channels = before

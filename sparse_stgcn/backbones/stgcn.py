@@ -1,14 +1,17 @@
 """ST-GCN (Yan et al. 2018) with trainable edge importance, as in PYSKL."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ..layers import SparseConv2d, TemporalUnit, normalise
+from ..kernels.stgcn_block import Normed, fuses, stgcn_block
+from ..layers import SparseConv2d, TemporalUnit, norm_fuses, normalise, track, unwatched
 from ..skeleton import Skeleton
-from .base import Backbone, graph_parameter
+from .base import Backbone, Block, graph_parameter
 
-__all__ = ["STGCN", "GraphUnit"]
+__all__ = ["STGCN", "GraphBlock", "GraphUnit"]
 
 _ADAPTIVE = ("importance", "init", "offset", "fixed")
 
@@ -61,6 +64,47 @@ class GraphUnit(nn.Module):
         return normalise(self.bn, self.conv.aggregate(x, self.graph(), self.support()), relu=True)
 
 
+class GraphBlock(Block):
+    """A block whose two convolutions, norms, residual and ReLUs are one op while live blocks are trained on a CPU.
+
+    See ``kernels.stgcn_block``; everywhere else, and where a hook watches what lies between, the units run one by one.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.fuses(x):
+            return super().forward(x)
+        gcn: Any = self.gcn
+        tcn: Any = self.tcn
+        identity = isinstance(self.residual, nn.Identity)
+        residual = None if identity or self.residual is None else self.residual(x)
+        graph_bias = None if gcn.conv.bias is None else gcn.conv.bias.view(gcn.conv.subsets, gcn.conv.out_channels)
+        out, first, second = stgcn_block(
+            x, Normed(gcn.conv.values, gcn.conv.pattern, graph_bias, gcn.bn.weight, gcn.bn.bias, gcn.bn.eps), gcn.graph(),
+            Normed(tcn.conv.values, tcn.conv.pattern, tcn.conv.bias, tcn.bn.weight, tcn.bn.bias, tcn.bn.eps),
+            residual, identity, gcn.support(), tcn.conv.stride, tcn.conv.dilation)
+        track(gcn.bn, *first)
+        track(tcn.bn, *second)
+        return out
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether x can go through the block as one op."""
+        gcn, tcn = self._modules.get("gcn"), self._modules.get("tcn")
+        if type(gcn) is not GraphUnit or type(tcn) is not TemporalUnit or x.dim() != 4:
+            return False
+        if type(gcn.conv) is not SparseConv2d or type(tcn.conv) is not SparseConv2d:
+            return False
+        inside = [gcn, gcn.conv, gcn.bn, tcn, tcn.conv, tcn.bn]
+        if isinstance(self.residual, nn.Identity):
+            inside.append(self.residual)
+        if gcn.conv.stage != "compact" or tcn.conv.stage != "compact" or not all(map(unwatched, inside)):
+            return False
+        if not (norm_fuses(gcn.bn, x) and norm_fuses(tcn.bn, x)):
+            return False
+        weights = (gcn.conv.values, gcn.conv.bias, tcn.conv.values, tcn.conv.bias, gcn.A)
+        pattern: Any = tcn.conv.pattern
+        return all(w is None or w.dtype == x.dtype for w in weights) and fuses(x, pattern, tcn.conv.stride)
+
+
 class STGCN(Backbone):
     """ST-GCN: a fixed graph in three subsets with trainable importance, and 9 x 1 temporal convolutions.
 
@@ -79,4 +123,4 @@ class STGCN(Backbone):
         super().__init__(
             skeleton, in_channels, base_channels=base_channels,
             spatial=lambda before, width: GraphUnit(before, width, adjacency, adaptive),
-            temporal=lambda before, width, stride: TemporalUnit(before, width, stride=stride))
+            temporal=lambda before, width, stride: TemporalUnit(before, width, stride=stride), block=GraphBlock)

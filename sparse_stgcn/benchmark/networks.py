@@ -17,6 +17,7 @@ from ..kernels.dispatch import forced_backend
 from ..recognizer import Recognizer
 from ..runtime import optimize
 from ..training.generator import TwoStage
+from ..training.memory import keep_freed_memory
 from .measure import Candidate
 from .memory import StepMemory, peak_memory
 from .peers import candidate, dense_engines
@@ -155,6 +156,7 @@ def _torch_penalty(model: Recognizer) -> Callable[[], Tensor]:
 
 def _step(model: Recognizer, x: Tensor, label: Tensor, penalty: Penalty | None = None,
           forward: Callable[[Tensor], Tensor] | None = None, rate: float = 1e-6) -> Callable[[], Tensor]:
+    keep_freed_memory()  # as every training run does, and for every engine
     model = model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
     extra, forward = penalty(model) if penalty else None, forward or model

@@ -114,6 +114,15 @@ def graph_conv(x: Tensor, values: Tensor, pattern: BlockPattern, adjacency: Tens
             return y
         # A product and a sum, not a matrix product: BLAS may split its sum differently for other thread counts.
         return y + (bias[:, :, None] * adjacency.sum(2)[:, :, None]).sum(1)[:, :, None].to(y.dtype)
+    entries, coefficients, bias_map = prepare(adjacency, bias, support)
+    if of_joints is not None:
+        bias_map = of_joints if bias_map is None else bias_map + of_joints
+    return _GraphConv.apply(x, values, coefficients, bias_map, pattern.row_ptr, pattern.input, pattern.tap, entries.ptr,
+                            entries.source, pattern.shape, pattern.block, *(lasso or Lasso(None, None)))
+
+
+def prepare(adjacency: Tensor, bias: Tensor | None, support: Tensor | Support | None) -> tuple[Support, Tensor, Tensor | None]:
+    """The entries of a shared adjacency, their coefficients, and what a bias (K, O) becomes behind the adjacency: (O, V)."""
     entries = support_of(adjacency, support)
     coefficients = adjacency.reshape(-1)[entries.flat]
     bias_map = None
@@ -121,10 +130,7 @@ def graph_conv(x: Tensor, values: Tensor, pattern: BlockPattern, adjacency: Tens
         # B[o,w] = sum_k b_k[o] sum_v A_k[v,w]: the bias passes through the adjacency, so it differs from joint to joint.
         inside = adjacency.new_zeros(adjacency.numel()).index_put((entries.flat,), coefficients).view_as(adjacency)
         bias_map = (bias[:, :, None] * inside.sum(1)[:, None, :]).sum(0)
-    if of_joints is not None:
-        bias_map = of_joints if bias_map is None else bias_map + of_joints
-    return _GraphConv.apply(x, values, coefficients, bias_map, pattern.row_ptr, pattern.input, pattern.tap, entries.ptr,
-                            entries.source, pattern.shape, pattern.block, *(lasso or Lasso(None, None)))
+    return entries, coefficients, bias_map
 
 
 def _mask(support: Support, adjacency: Tensor) -> Tensor:

@@ -100,5 +100,6 @@ def _backward(dz: Tensor, x: Tensor, graphs: Tensor, ptr: Tensor | None, source:
     (dx, dgraphs), graphs = _fake_backward(dz, x, graphs, ptr, source, need_graphs), graphs.contiguous()
     _native.module.graph_product_backward(
         x.dtype == torch.float64, _shape(x, graphs, ptr), _adjacency(graphs, ptr, source), x.data_ptr(), x.stride(),
-        dz.data_ptr(), dz.stride(), graphs.data_ptr(), dx.data_ptr(), dgraphs.data_ptr() if need_graphs else 0, torch.get_num_threads())
+        dz.data_ptr(), dz.stride(), graphs.data_ptr(), dx.data_ptr(), dgraphs.data_ptr() if need_graphs else 0,
+        torch.get_num_threads())
     return dx, dgraphs

@@ -1,0 +1,222 @@
+// What the passes of an ST-GCN block share (block_forward.inl, block_backward.inl): a row of pixels of one channel is made in a
+// buffer that stays in L1, its sums are taken there, and it leaves for memory past the caches: a store into a line that is in
+// no cache would first read it. Sums over the batch are partial sums over fixed ranges of tiles, joined in order.
+
+#if VECTOR_BYTES == 64
+INLINE void stream(float* p, Vec<float> v) { _mm512_stream_ps(p, (__m512)v); }
+INLINE void stream(double* p, Vec<double> v) { _mm512_stream_pd(p, (__m512d)v); }
+INLINE void stream_fence() { _mm_sfence(); }
+#elif VECTOR_BYTES == 32
+INLINE void stream(float* p, Vec<float> v) { _mm256_stream_ps(p, (__m256)v); }
+INLINE void stream(double* p, Vec<double> v) { _mm256_stream_pd(p, (__m256d)v); }
+INLINE void stream_fence() { _mm_sfence(); }
+#else
+template <class S>
+INLINE void stream(S* p, Vec<S> v) { store(p, v); }
+INLINE void stream_fence() {}
+#endif
+
+template <class S>
+INLINE Part<S> first_lanes(int64_t count) { return {0, (int32_t)count}; }
+
+// to[p] = value(read) for every pixel p, `to` in a buffer with room for a whole last vector.
+template <class S, class F>
+INLINE void make_row(S* to, int64_t pixels, F value) {
+  constexpr int64_t L = lanes<S>;
+  int64_t p = 0;
+  for (; p + L <= pixels; p += L)
+    store(to + p, value([&](const S* row) __attribute__((always_inline)) { return load(row + p); }));
+  if (p < pixels) {
+    const Part<S> some = first_lanes<S>(pixels - p);
+    store_part(to + p, value([&](const S* row) __attribute__((always_inline)) { return load_part(row + p, some); }), some);
+  }
+}
+
+// to[p] = value(read) for every pixel p, where read(row) loads the pixels of `row` at hand: whole vectors of `to` are streamed.
+template <class S, class F>
+INLINE void stream_pixels(S* to, int64_t pixels, F value) {
+  constexpr int64_t L = lanes<S>;
+  auto part = [&](int64_t p, int64_t count) __attribute__((always_inline)) {
+    const Part<S> some = first_lanes<S>(count);
+    store_part(to + p, value([&](const S* row) __attribute__((always_inline)) { return load_part(row + p, some); }), some);
+  };
+  int64_t p = min64(pixels, (int64_t)((VECTOR_BYTES - (uintptr_t)to % VECTOR_BYTES) % VECTOR_BYTES / sizeof(S)));
+  if (p) part(0, p);
+  for (; p + L <= pixels; p += L)
+    stream(to + p, value([&](const S* row) __attribute__((always_inline)) { return load(row + p); }));
+  if (p < pixels) part(p, pixels - p);
+}
+template <class S>
+INLINE void stream_row(S* to, const S* row, int64_t pixels) {
+  stream_pixels(to, pixels, [&](auto read) __attribute__((always_inline)) { return read(row); });
+}
+
+// The backward pass of a norm: dx = scale ((g - of_sum) - (x - mean) of_x).
+template <class S>
+struct NormSlope {
+  S scale, mean, of_sum, of_x;
+  INLINE auto gradient() const {
+    return [s = splat(scale), m = splat(mean), u = splat(of_sum), v = splat(of_x)](Vec<S> g, Vec<S> x)
+               __attribute__((always_inline)) { return s * ((g - u) - (x - m) * v); };
+  }
+};
+
+// Sum of g and of g (x - mean), of one channel.
+struct SlopeSums {
+  double g = 0, gx = 0;
+  template <class S>
+  INLINE void add(const S* g_row, const S* x_row, int64_t pixels, S mean) {
+    row_blocks<S>(pixels, [&](int64_t p, int64_t vectors, int64_t rest) __attribute__((always_inline)) {
+      double a, b;
+      block_sums<S>(vectors, rest, a, b, [&](int64_t at, int64_t valid, Vec<S>& u, Vec<S>& v) __attribute__((always_inline)) {
+        const Part<S> some = first_lanes<S>(valid);
+        u = load_part(g_row + p + at, some);
+        v = u * (load_part(x_row + p + at, some) - splat(mean));
+      });
+      g += a, gx += b;
+    });
+  }
+};
+
+// Rows that are read next, brought nearer while the multiply-adds of the rows at hand run: a few lines at every call.
+template <class S>
+class Ahead {
+ public:
+  INLINE void add(const S* row, int64_t rows, int64_t ld, int64_t pixels) {
+    if (rows > 0 && pixels > 0) source[sources++] = {row, rows, ld, pixels}, lines += rows * lines_of(pixels);
+  }
+  INLINE void spread(int64_t calls) { share = ceil_div(lines, max64(calls, 1)); }
+  INLINE void operator()() {
+    for (int64_t left = share; left > 0 && at < sources;) {
+      Source& s = source[at];
+      const int64_t count = min64(left, lines_of(s.pixels) - line);
+      const char* p = (const char*)s.row + line * 64;
+      for (int64_t i = 0; i < count; i++) __builtin_prefetch(p + i * 64, 0, 2);
+      left -= count, line += count;
+      if (line < lines_of(s.pixels)) continue;
+      line = 0, s.row += s.ld;
+      if (--s.rows == 0) at++;
+    }
+  }
+
+ private:
+  struct Source {
+    const S* row;
+    int64_t rows, ld, pixels;
+  } source[4];
+  int64_t sources = 0, lines = 0, share = 0, at = 0, line = 0;
+  static INLINE int64_t lines_of(int64_t pixels) { return ceil_div(pixels * (int64_t)sizeof(S), 64) + 1; }
+};
+// Calls of `ahead` in dot_row over `entries` entries and `pixels` pixels.
+template <class S>
+INLINE int64_t dot_calls(int64_t entries, int64_t pixels) {
+  constexpr int64_t E = tile_vectors<MAX_ROWS>;
+  return ceil_div(ceil_div(pixels, lanes<S>), dot_piece) * (entries / E + entries % E);
+}
+
+constexpr int64_t block_chunks = 32;  // of sums over the batch that are a few numbers a channel
+
+// The partial sums of C channels in `chunks` ranges, and body(channel, sum) over their joins in order.
+template <class Sum>
+struct ChannelSums {
+  Sum* all;
+  int64_t C, chunks;
+  static size_t room(int64_t C) { return Scratch::room<Sum>(block_chunks * C); }
+  ChannelSums(int64_t C_, int64_t chunks_, Scratch& scratch) : all(scratch.take<Sum>(block_chunks * C_)), C(C_), chunks(chunks_) {
+    for (int64_t i = 0; i < chunks * C; i++) all[i] = Sum();
+  }
+  Sum* of(int64_t chunk) const { return all + chunk * C; }
+  template <class Merge, class F>
+  void join(Merge merge, F body) const {
+    for (int64_t c = 0; c < C; c++) {
+      Sum sum = all[c];
+      for (int64_t j = 1; j < chunks; j++) merge(sum, all[j * C + c]);
+      body(c, sum);
+    }
+  }
+};
+
+template <class S>
+void finish_moments(const ChannelSums<Moments<S>>& sums, const BlockNorm<S>& norm) {
+  sums.join([](Moments<S>& a, const Moments<S>& b) { a.merge(b); },
+            [&](int64_t c, const Moments<S>& m) { m.finish(norm.eps, norm.mean[c], norm.rstd[c], norm.variance[c]); });
+}
+template <class S>
+void finish_slopes(const ChannelSums<SlopeSums>& sums, const BlockNorm<S>& norm, double total, NormSlope<S>* slope, S* dgamma,
+                   S* dbeta) {
+  sums.join([](SlopeSums& a, const SlopeSums& b) { a.g += b.g, a.gx += b.gx; },
+            [&](int64_t c, const SlopeSums& s) {
+              const double rstd = (double)norm.rstd[c];
+              dbeta[c] = (S)s.g, dgamma[c] = (S)(s.gx * rstd);
+              slope[c] = {norm.gamma[c] * norm.rstd[c], norm.mean[c], (S)(s.g / total), (S)(s.gx / total * rstd * rstd)};
+            });
+}
+
+template <class S>
+INLINE Affine<S> affine_of(const BlockNorm<S>& norm, int64_t c) {
+  return Affine<S>(norm.gamma[c] * norm.rstd[c], norm.beta[c], norm.mean[c]);
+}
+
+// Calls body(chunk, first task, last task) for ranges of tasks.
+template <class F>
+void in_chunks(int64_t tasks, int64_t chunks, int threads, F body) {
+  parallel(chunks, threads, [&](int64_t c) { body(c, c * tasks / chunks, (c + 1) * tasks / chunks); });
+}
+
+// A temporal panel whose rows go through relu(bn(z)) as they are packed, for output frames [t0, t0 + count): frames
+// [from, plane_frames) of every plane. `z` is one sample, contiguous.
+template <class S>
+void pack_normed(const TemporalPlan& plan, const TemporalShape& s, const Pattern& p, const S* z, const BlockNorm<S>& norm,
+                 int64_t t0, int64_t from, S* panel) {
+  for (int64_t i = 0; i < p.I; i++) {
+    const Affine<S> affine = affine_of(norm, i);
+    const S* channel = z + i * s.T * s.V;
+    auto normed = [&](const S* in, int64_t frames, S* to) __attribute__((always_inline)) {
+      make_row(to, frames * s.V, [&](auto read) __attribute__((always_inline)) { return rectify<S>(affine(read(in))); });
+    };
+    for (int64_t q = 0; q < plan.phases; q++) {
+      S* row = panel + i * plan.ld + q * plan.plane;
+      const int64_t t = t0 * s.stride + q - plan.padding;  // input frame of panel frame 0
+      int64_t begin, end;
+      frames_inside(t, s.stride, s.T, plan.plane_frames, &begin, &end);
+      begin = max64(begin, from), end = max64(end, begin);
+      std::memset(row + from * s.V, 0, (begin - from) * s.V * sizeof(S));
+      if (s.stride == 1) normed(channel + (t + begin) * s.V, end - begin, row + begin * s.V);
+      else
+        for (int64_t j = begin; j < end; j++) normed(channel + (t + j * s.stride) * s.V, 1, row + j * s.V);
+      std::memset(row + end * s.V, 0, (plan.plane - end * s.V) * sizeof(S));
+    }
+  }
+  std::memset(panel + p.I * plan.ld, 0, plan.ld * sizeof(S));
+}
+
+// x (N, I, T, V) for an adjacency, which reads whole registers: in place, or in `copy` where they would pass the end of the tensor.
+template <class S>
+struct GraphInput {
+  const S* x;
+  int64_t size, channels, T, V;
+
+  INLINE const S* row(int64_t n, int64_t i, int64_t t0, int64_t frames, S* copy) const {
+    const int64_t at = ((n * channels + i) * T + t0) * V, pixels = frames * V;
+    if (at + pixels + 2 * lanes<S> <= size) return x + at;
+    std::memcpy(copy, x + at, pixels * sizeof(S));
+    return copy;
+  }
+};
+
+// As pack_graph_panel. Tiles read whole vectors, no further.
+template <class S>
+void pack_block_graph(const GraphPlan& plan, const Pattern& p, const AdjacencyTable<S>& adjacency, const GraphInput<S>& x, int64_t n,
+                      int64_t t0, int64_t frames, S* copy, S* panel) {
+  const int64_t pixels = frames * x.V;
+  for (int64_t i = 0; i < p.I; i++) {
+    const S* input = x.row(n, i, t0, frames, copy);
+    for (int64_t k = 0; k < p.K; k++) {
+      const int32_t r = plan.row[i * p.K + k];
+      if (r < 0) continue;
+      adjacency.apply(k, input, frames, panel + r * plan.ld);
+      std::memset(panel + r * plan.ld + pixels, 0, VECTOR_BYTES);
+    }
+  }
+  std::memset(panel + plan.zrows * plan.ld, 0, (pixels + lanes<S>) * sizeof(S));
+}
