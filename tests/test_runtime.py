@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from fused_networks import assert_bit_equal_over_calls_threads_and_batches
@@ -9,6 +10,8 @@ from fused_networks import assert_bit_equal_over_calls_threads_and_batches
 import sparse_stgcn
 from sparse_stgcn import runtime
 from sparse_stgcn.kernels import BlockPattern, _native
+from sparse_stgcn.runtime.columns import strips_of
+from sparse_stgcn.runtime.program import Entries
 from sparse_stgcn.sparsity import maskable_convs
 
 pytestmark = pytest.mark.skipif(_native.module is None, reason="the native module is not built")
@@ -44,14 +47,16 @@ def test_logits_equal_the_network(sparsity, block):
     assert_same(network(sparsity, block), keypoint(3, 20))
 
 
-@pytest.mark.parametrize("frames", [1, 2, 3, 16, 17, 37, 100])
-def test_any_clip_length(frames):
-    assert_same(network(0.8), keypoint(2, frames))
+@pytest.mark.parametrize("block", ["8x1", "1x1", "2x1"])
+@pytest.mark.parametrize("frames", [1, 2, 3, 16, 17, 37, 100, 150])
+def test_any_clip_length(frames, block):
+    assert_same(network(0.8, block), keypoint(2, frames))
 
 
+@pytest.mark.parametrize("block", ["8x1", "1x1"])
 @pytest.mark.parametrize(("layout", "joints"), [("coco", 17), ("openpose", 18), ("handmp", 21)])
-def test_any_layout(layout, joints):
-    assert_same(network(0.8, layout=layout), keypoint(2, 20, joints))
+def test_any_layout(layout, joints, block):
+    assert_same(network(0.8, block, layout=layout), keypoint(2, 20, joints))
 
 
 @pytest.mark.parametrize("persons", [1, 2, 5])
@@ -59,19 +64,22 @@ def test_any_number_of_persons(persons):
     assert_same(network(0.8), keypoint(2, 20, persons=persons))
 
 
-def test_other_graphs():
-    assert_same(network(0.8, graph="random", adaptive="init"), keypoint(2, 20))  # a dense adjacency
-    assert_same(network(0.8, graph="random", adaptive="offset", num_subsets=5), keypoint(2, 20))
+@pytest.mark.parametrize("block", ["8x1", "1x1"])
+def test_other_graphs(block):
+    assert_same(network(0.8, block, graph="random", adaptive="init"), keypoint(2, 20))  # a dense adjacency
+    assert_same(network(0.8, block, graph="random", adaptive="offset", num_subsets=5), keypoint(2, 20))
 
 
-def test_absent_persons_are_computed_once_and_right():
-    model, x = network(0.8), keypoint(6, 20)
+@pytest.mark.parametrize("block", ["8x1", "1x1"])
+def test_absent_persons_are_computed_once_and_right(block):
+    model, x = network(0.8, block), keypoint(6, 20)
     x[1, 1] = x[3, 0] = x[4, 1] = x[5] = 0
     assert_same(model, x)
 
 
-def test_any_strides_of_the_input():
-    model, x = network(0.8), keypoint(2, 20)
+@pytest.mark.parametrize("block", ["8x1", "1x1"])
+def test_any_strides_of_the_input(block):
+    model, x = network(0.8, block), keypoint(2, 20)
     wide = torch.full((2, 2, 40, 27, 4), float("nan"))
     wide[:, :, ::2, 1:-1, :3] = x
     fused = runtime.optimize(model, engine="fused")
@@ -125,3 +133,26 @@ def test_bad_arguments_are_refused():
         fused(keypoint(1, 10).double())
     with pytest.raises(TypeError, match="Recognizer"):
         runtime.optimize(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(("frames", "joints", "multiple"), [(1, 25, 4), (20, 25, 4), (100, 25, 4), (37, 17, 1), (150, 40, 4)])
+def test_strips_hold_the_clip_in_the_fewest_vectors(frames, joints, multiple):
+    strips, length = strips_of(frames, joints, multiple)
+    assert strips * length >= frames and length % multiple == 0
+    assert -(-strips * joints // 16) * (length + 1) <= -(-joints // 16) * (-(-frames // multiple) * multiple + 1)
+
+
+def test_a_clip_of_100_frames_of_25_joints_wastes_three_lanes_of_128():
+    assert strips_of(100, 25, 4) == (5, 20)
+
+
+def test_outputs_in_pairs_are_the_same_sums():
+    pattern = BlockPattern.from_blocks(torch.rand(5, 7, 3) < 0.5, (5, 7, 3), (1, 1))
+    row, column = pattern.rows.numpy(), (pattern.input.long() * 3 + pattern.tap).numpy()
+    weight = torch.randn(pattern.num_blocks, 1).numpy()
+    pairs = Entries(5, 1, [row], [], [], [weight], [column]).paired()
+    dense, paired = np.zeros((6, 21)), np.zeros((6, 21))
+    dense[row, column] = weight[:, 0]
+    for o in range(2):
+        paired[pairs.row[0] * 2 + o, pairs.offset[0]] = pairs.weight[0][:, o]
+    assert np.array_equal(dense, paired) and pairs.bo == 2

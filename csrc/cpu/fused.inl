@@ -49,33 +49,35 @@ INLINE void clear_halo(const FusedStep& s, int64_t V, float* arena, Share share)
 // Pixels that all block rows sweep before the next ones: what they read of the arena stays near.
 constexpr int64_t fused_sweep = 6 * tile_vectors<MAX_ROWS> * lanes<float>;
 
-INLINE void fused_conv(const FusedStep& s, int64_t V, float* arena, Share share) {
-  const int64_t pixels = s.frames * V;
+// A function for every kind of step and of epilogue: in one function with all of them the compiler spills what stays in registers here.
+#define STEP __attribute__((noinline))
+
+enum Epilogue { kPlain, kRelu, kAdded, kReluAdded };
+
+template <Epilogue E>
+STEP void fused_conv_rows(const FusedStep& s, int64_t pixels, float* arena, Share share) {
   for (int64_t at = 0; at < pixels; at += fused_sweep)
-    for (int64_t g = share.begin(s.groups); g < share.end(s.groups); g++) {
+    for (int64_t g = share.begin(s.groups), last = share.end(s.groups); g < last; g++) {
       const int64_t first = g * s.bo, rows = min64(s.bo, s.rows - first);
       const float* bias = s.bias + first;
-      float* y = arena + s.dst + first * s.dst_ld + at;
-      const float* res = arena + s.residual + first * s.residual_ld + at;
-      auto start = [&](int64_t o, int64_t, int) __attribute__((always_inline)) { return splat<float>(bias[o]); };
-      const int64_t n = min64(fused_sweep, pixels - at);
-      if (s.residual >= 0 && s.relu == 2)
-        fused_row(arena + at, fused_entries(s, g), rows, n, y, s.dst_ld, start,
-                  [&](int64_t o, int64_t p, Vec<float> sum) __attribute__((always_inline)) {
-                    return relu(relu(sum) + load(res + o * s.residual_ld + p));
-                  });
-      else if (s.residual >= 0)
-        fused_row(arena + at, fused_entries(s, g), rows, n, y, s.dst_ld, start,
-                  [&](int64_t o, int64_t p, Vec<float> sum) __attribute__((always_inline)) {
-                    return relu(sum + load(res + o * s.residual_ld + p));
-                  });
-      else if (s.relu)
-        fused_row(arena + at, fused_entries(s, g), rows, n, y, s.dst_ld, start,
-                  [&](int64_t, int64_t, Vec<float> sum) __attribute__((always_inline)) { return relu(sum); });
-      else
-        fused_row(arena + at, fused_entries(s, g), rows, n, y, s.dst_ld, start,
-                  [&](int64_t, int64_t, Vec<float> sum) __attribute__((always_inline)) { return sum; });
+      const float* residual = arena + s.residual + first * s.residual_ld + at;
+      fused_row(arena + at, fused_entries(s, g), rows, min64(fused_sweep, pixels - at), arena + s.dst + first * s.dst_ld + at, s.dst_ld,
+                [&](int64_t o, int64_t, int) __attribute__((always_inline)) { return splat<float>(bias[o]); },
+                [&](int64_t o, int64_t p, Vec<float> sum) __attribute__((always_inline)) {
+                  if constexpr (E == kReluAdded) sum = relu(sum);
+                  if constexpr (E >= kAdded) sum += load(residual + o * s.residual_ld + p);
+                  if constexpr (E != kPlain) sum = relu(sum);
+                  return sum;
+                });
     }
+}
+
+INLINE void fused_conv(const FusedStep& s, int64_t V, float* arena, Share share) {
+  const int64_t pixels = s.frames * V;
+  if (s.residual >= 0 && s.relu == 2) fused_conv_rows<kReluAdded>(s, pixels, arena, share);
+  else if (s.residual >= 0) fused_conv_rows<kAdded>(s, pixels, arena, share);
+  else if (s.relu) fused_conv_rows<kRelu>(s, pixels, arena, share);
+  else fused_conv_rows<kPlain>(s, pixels, arena, share);
   clear_halo(s, V, arena, share);
 }
 
@@ -96,14 +98,14 @@ struct MadeRows {
   bool has(int64_t row) const { return !wanted || wanted[row]; }
 };
 
-INLINE void fused_graph(const FusedStep& s, int64_t V, const AdjacencyTable<float>& adjacency, float* arena, Share share) {
+STEP void fused_graph(const FusedStep& s, int64_t V, const AdjacencyTable<float>& adjacency, float* arena, Share share) {
   const MadeRows made(s, arena, share);
   for (int64_t t0 = 0; t0 < s.frames; t0 += s.tile) {
     const int64_t frames = min64(s.tile, s.frames - t0);
     for (int64_t z = 0; z < s.made; z++)
       if (made.has(z))
         adjacency.apply(s.made_subset[z], arena + s.src + s.made_input[z] * s.src_ld + t0 * V, frames, made.z + z * s.scratch_ld);
-    for (int64_t g = share.begin(s.groups); g < share.end(s.groups); g++) {
+    for (int64_t g = share.begin(s.groups), last = share.end(s.groups); g < last; g++) {
       const int64_t first = g * s.bo, rows = min64(s.bo, s.rows - first);
       const float* bias = s.bias + first * s.bias_ld;
       fused_row(made.z, fused_entries(s, g), rows, frames * V, arena + s.dst + first * s.dst_ld + t0 * V, s.dst_ld,
@@ -114,7 +116,7 @@ INLINE void fused_graph(const FusedStep& s, int64_t V, const AdjacencyTable<floa
   clear_halo(s, V, arena, share);
 }
 
-INLINE void fused_split(const FusedStep& s, int64_t V, float* arena, Share share) {
+STEP void fused_split(const FusedStep& s, int64_t V, float* arena, Share share) {
   for (int64_t r = share.begin(s.rows); r < share.end(s.rows); r++)
     for (int64_t q = 0; q < s.planes; q++) {
       float* to = arena + s.dst + r * s.dst_ld + q * s.plane_ld;

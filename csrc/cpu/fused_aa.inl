@@ -15,7 +15,7 @@ INLINE void similarity(const float* a, const float* b, int64_t rows, int64_t ld,
 
 // coef: A (K, V, V), then alpha. Entries: of every subset the rows of conv_a, then of conv_b, offsets from the arena.
 // Threads share the subsets.
-inline void aa_graphs(const FusedStep& s, int64_t V, float* arena, Share share) {
+STEP void aa_graphs(const FusedStep& s, int64_t V, float* arena, Share share) {
   const Joints<float> j(V);
   const int64_t part = embedded_rows(s), groups = part / s.bo, first = share.begin(s.subsets), last = share.end(s.subsets);
   float *maps = arena + s.maps, *e = arena + s.scratch;
@@ -53,7 +53,7 @@ inline void aa_graphs(const FusedStep& s, int64_t V, float* arena, Share share) 
 }
 
 // made_subset = subsets: the row of X itself, which a convolution beside the graphs reads.
-inline void aa_apply(const FusedStep& s, int64_t V, float* arena, Share share) {
+STEP void aa_apply(const FusedStep& s, int64_t V, float* arena, Share share) {
   const MadeRows made(s, arena, share);
   const Joints<float> j(V);
   // Whole vectors may be written where the next frame comes later: rows of up to 3 vectors are made in one go.

@@ -46,7 +46,7 @@ INLINE void columns_tile(const float* x, int64_t apart, const Entries<float>& e,
 
 // All block rows of a share over the F frames of P neighbouring columns, the first of which is at `column`.
 template <int P>
-INLINE void convolve_columns(const FusedNetwork& net, const FusedStep& s, float* column, Share share) {
+STEP void convolve_columns(const FusedNetwork& net, const FusedStep& s, float* column, Share share) {
   for (int64_t g = share.begin(s.groups), last = share.end(s.groups); g < last; g++) {
     const Entries<float> e = fused_entries(s, g);
     row_pieces(min64(s.bo, s.rows - g * s.bo), [&](auto r, int64_t o) __attribute__((always_inline)) {
@@ -78,7 +78,7 @@ INLINE void column_conv(const FusedNetwork& net, const FusedStep& s, float* aren
 }
 
 // Z_k = X A_k in frames of all lanes, `tile` of them at a time; H = relu(W Z + bias map). A row of X is first copied to the row past Z.
-INLINE void column_graph(const FusedNetwork& net, const FusedStep& s, const AdjacencyTable<float>& adjacency, float* arena, Share share) {
+STEP void column_graph(const FusedNetwork& net, const FusedStep& s, const AdjacencyTable<float>& adjacency, float* arena, Share share) {
   const MadeRows made(s, arena, share);
   const int64_t C = net.columns, width = C * 16, V = net.joints;
   float* x = made.z + s.made * s.scratch_ld;
@@ -136,7 +136,7 @@ INLINE void column_graph(const FusedNetwork& net, const FusedStep& s, const Adja
 
 // The frames of H before and after those of a strip: those of its neighbours in time, zeros outside of the clip. A frame j outside
 // of [0, F) is frame j mod F of the lanes floor(j / F) strips further on.
-INLINE void column_borders(const FusedNetwork& net, const FusedStep& s, float* arena, Share share) {
+STEP void column_borders(const FusedNetwork& net, const FusedStep& s, float* arena, Share share) {
   const int64_t F = s.frames, T = s.src_frames, first = share.begin(s.rows), last = share.end(s.rows);
   auto at = [&](int64_t frame) { return frame % s.planes * s.plane_ld + frame / s.planes * 16; };  // of a padded frame
   float* h = arena + s.dst;

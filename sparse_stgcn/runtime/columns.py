@@ -22,8 +22,9 @@ _MOST_STRIPS = 16
 
 def takes_columns(model: Recognizer) -> bool:
     """Whether every live weight serves fewer than four outputs, on a processor whose vectors are a column wide."""
+    convs = maskable_convs(model).values()
     return _native.isa == "avx512" and all(
-        conv.values is not None and conv.pattern is not None and conv.pattern.block[0] < 4 for conv in maskable_convs(model).values())
+        conv.values is not None and conv.pattern is not None and conv.pattern.block[0] < 4 for conv in convs)
 
 
 def strips_of(frames: int, joints: int, multiple: int) -> tuple[int, int]:
@@ -94,7 +95,8 @@ class ColumnProgram(STGCNProgram):
         step |= {"diagonal": (graph == main).all((1, 2)).astype(np.int32),
                  "lane_coef": np.ascontiguousarray(np.where(exists, main.sum(1)[:, joint], 0), np.float32)}
         bias = np.where(exists, step["bias"][:, joint], np.float32(0))
-        return {**step, "tile": tile, "scratch_ld": scratch_ld, "offset": step["offset"] // step["scratch_ld"] * np.int32(scratch_ld),
+        offset = step["offset"] // step["scratch_ld"] * np.int32(scratch_ld)
+        return {**step, "tile": tile, "scratch_ld": scratch_ld, "offset": offset,
                 "bias": np.ascontiguousarray(bias, np.float32), "bias_ld": lanes}
 
     @staticmethod

@@ -107,8 +107,8 @@ class STGCNProgram(Program):
         counts = torch.bincount(k * joints + w, minlength=subsets * joints)
         pointers = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return {
-            **self.grouped(entries, len(made)).step(), "kind": GRAPH, "subsets": subsets, "tile": _TILE, "scratch_ld": scratch_ld, "zrows": len(made),
-            "relu": 1,
+            **self.grouped(entries, len(made)).step(), "kind": GRAPH, "subsets": subsets, "tile": _TILE,
+            "scratch_ld": scratch_ld, "zrows": len(made), "relu": 1,
             "made_input": (made // subsets).astype(np.int32), "made_subset": (made % subsets).astype(np.int32),
             "ptr": pointers.int().numpy(), "source": v.int().numpy(), "coef": graph[k, v, w].contiguous().numpy(),
             "bias": bias[:, torch.arange(bias_ld) % joints].contiguous().numpy(), "bias_ld": bias_ld}
