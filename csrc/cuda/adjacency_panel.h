@@ -53,8 +53,10 @@ __device__ __forceinline__ void multiply(T* z, const T* x, const T* graph, const
             if constexpr (Math::MATRIX) {
                 const int quad = lane & 3, m[2] = {job * 16 + (lane >> 2), job * 16 + (lane >> 2) + 8};
                 const T* row[2] = {from(m[0] < rows ? m[0] : 0), from(m[1] < rows ? m[1] : 0)};
+#pragma unroll 1
                 for (int w0 = 0; w0 < J; w0 += 32) {
                     float sums[4][4] = {};
+#pragma unroll 1
                     for (int v0 = 0; v0 < J; v0 += 8 * PAIR) {
                         uint32_t f[4];
 #pragma unroll

@@ -155,7 +155,7 @@ def check_backward(problem: Problem, actual: list[Tensor], arithmetic: str) -> N
 @pytest.fixture(autouse=True)
 def _shared_memory(request: pytest.FixtureRequest, emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     case = request.getfixturevalue("case") if "case" in request.fixturenames else CASES[0]
-    monkeypatch.setattr(cuda, "_device", lambda index: emulated.Device(case.shared, max(case.shared, 100 << 10), 3))
+    monkeypatch.setattr(cuda, "_device", lambda index: emulated.Device(case.shared, max(case.shared, 100 << 10), 1))
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
@@ -219,6 +219,16 @@ def test_nan_in_a_channel_that_no_block_reads(arithmetic: str) -> None:
     x = problem.x.clone()
     x[:, 1] = float("nan")
     check_forward(problem, problem.forward(arithmetic, x=x), arithmetic)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+def test_nan_in_a_frame_stays_there(arithmetic: str) -> None:
+    problem = make(Case("a NaN", bias=False), DTYPE[arithmetic])
+    x = problem.x.clone()
+    x[:, :, 3] = float("nan")
+    y = problem.forward(arithmetic, x=x)
+    sound = [0, 1, 2, 4, 5]
+    assert torch.equal(y[:, :, sound], problem.forward(arithmetic)[:, :, sound])
 
 
 @pytest.mark.parametrize("adjacency", ["shared", "channel"])

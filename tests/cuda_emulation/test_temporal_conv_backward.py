@@ -19,9 +19,9 @@ BRIEF = [named(name) for name in ("several tiles", "stride 2, T odd", "(16, 16),
 
 @pytest.fixture(autouse=True)
 def _shared_memory(request: pytest.FixtureRequest, emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device with as much shared memory as the case says, so few multiprocessors that work is shared out unevenly."""
+    """A device with as much shared memory as the case says, so few multiprocessors that a share has several tiles."""
     case = request.getfixturevalue("case") if "case" in request.fixturenames else CASES[0]
-    monkeypatch.setattr(cuda, "_device", lambda index: emulated.Device(case.shared, max(case.shared, 100 << 10), 3))
+    monkeypatch.setattr(cuda, "_device", lambda index: emulated.Device(case.shared, max(case.shared, 100 << 10), 1))
 
 
 def make_dy(case: Case, dtype: torch.dtype, integers: bool = False) -> Tensor:
