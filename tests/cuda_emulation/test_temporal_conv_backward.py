@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sparse_stgcn.kernels import BlockPattern, cuda, reference
 
-BRIEF = [named(name) for name in ("several tiles", "stride 2, T odd", "(16, 16), ragged")]
+SHARES = Case("shares of several tiles", N=2, T=22, shared=20 << 10)
+BRIEF = [SHARES] + [named(name) for name in ("stride 2, T odd", "(16, 16), ragged")]
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def check(problem: Problem, dy: Tensor, actual: list[Tensor], arithmetic: str) -
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
-@pytest.mark.parametrize("case", CASES + COVERED, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [*CASES, *COVERED, SHARES], ids=lambda c: c.name)
 def test_matches_autograd_of_the_reference(case: Case, arithmetic: str) -> None:
     problem, dy = make(case, DTYPE[arithmetic]), make_dy(case, DTYPE[arithmetic])
     check(problem, dy, run(problem, problem.x, dy, arithmetic), arithmetic)
