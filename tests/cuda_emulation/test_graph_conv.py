@@ -77,15 +77,17 @@ class Problem:
             scale=self.scale, shift=self.shift, residual=given["residual"], relu=self.case.epilogue, tf32=arithmetic == "tf32",
         )  # fmt: skip
 
-    def backward(self, arithmetic: str, masked: Tensor | None = None, scale: Tensor | None = None, **changes: Tensor) -> list[Tensor]:
+    def backward(
+        self, arithmetic: str, masked: Tensor | None = None, scale: Tensor | None = None, **changes: Tensor
+    ) -> list[Tensor]:
         p, given = self.pattern, {"x": self.x, "dy": self.dy, "adjacency": self.adjacency, **changes}
         dx, da = cuda.graph_conv_input_gradient(
             given["x"], given["dy"], self.values, given["adjacency"], p.row_ptr, p.input, p.tap, p.t_ptr, p.t_perm, p.t_row,
             p.shape, p.block, tf32=arithmetic == "tf32",
         )  # fmt: skip
         dw, _ = cuda.graph_conv_weight_gradient(
-            given["x"], given["dy"], self.values, given["adjacency"], masked, scale, p.row_ptr, p.input, p.tap, p.shape, p.block,
-            tf32=arithmetic == "tf32",
+            given["x"], given["dy"], self.values, given["adjacency"], masked, scale, p.row_ptr, p.input, p.tap,
+            p.shape, p.block, tf32=arithmetic == "tf32",
         )  # fmt: skip
         assert dx is not None
         assert da is not None
@@ -135,7 +137,8 @@ def make(case: Case, dtype: torch.dtype, integers: bool = False) -> Problem:
 
 def compare(name: str, got: Tensor, want: Tensor, size: Tensor, arithmetic: str, relu: bool = False) -> None:
     bound = (FACTOR_EPS[arithmetic] + 8 * 2.0**-24) * size + STORE_EPS[arithmetic] * want.abs()
-    bound = bound + (2.0**-20 if arithmetic == "float16" else 1e-30)  # float16: what lies between may be below its normal numbers
+    # in float16 what lies between may be below its normal numbers
+    bound = bound + (2.0**-20 if arithmetic == "float16" else 1e-30)
     want = want.clamp(min=0) if relu else want
     error = (got.double() - want).abs()
     assert got.shape == want.shape, name
@@ -165,8 +168,12 @@ def test_matches_the_reference(case: Case, arithmetic: str) -> None:
     check_forward(problem, problem.forward(arithmetic), arithmetic)
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    ("case", "arithmetic"),
+    # float16 is bfloat16's source with another conversion: every third case
+    [(case, a) for i, case in enumerate(CASES) for a in ARITHMETIC if a != "float16" or i % 3 == 0],
+    ids=lambda c: getattr(c, "name", c),
+)
 def test_gradients_match_autograd_of_the_reference(case: Case, arithmetic: str) -> None:
     problem = make(case, DTYPE[arithmetic])
     check_backward(problem, problem.backward(arithmetic), arithmetic)

@@ -66,8 +66,12 @@ def check(problem: Problem, dy: Tensor, actual: list[Tensor], arithmetic: str) -
         assert (error <= bound).all(), f"{name}: largest error / bound {(error / bound).nan_to_num(9e9).max():.3g}"
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
-@pytest.mark.parametrize("case", [*CASES, *COVERED, SHARES], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    ("case", "arithmetic"),
+    # float16 is bfloat16's source with another conversion: every third case
+    [(case, a) for i, case in enumerate([*CASES, *COVERED, SHARES]) for a in ARITHMETIC if a != "float16" or i % 3 == 0],
+    ids=lambda c: getattr(c, "name", c),
+)
 def test_matches_autograd_of_the_reference(case: Case, arithmetic: str) -> None:
     problem, dy = make(case, DTYPE[arithmetic]), make_dy(case, DTYPE[arithmetic])
     check(problem, dy, run(problem, problem.x, dy, arithmetic), arithmetic)
