@@ -180,7 +180,7 @@ def test_gradients_match_autograd_of_the_reference(case: Case, arithmetic: str) 
 
 
 @pytest.mark.parametrize("order", ["reversed", "shuffled"])
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("arithmetic", ARITHMETIC[:3])
 @pytest.mark.parametrize("case", BRIEF, ids=lambda c: c.name)
 def test_the_order_of_threads_does_not_matter(
     case: Case, arithmetic: str, order: str, thread_order: Callable[[str, int], None]
@@ -194,7 +194,7 @@ def test_the_order_of_threads_does_not_matter(
         thread_order("forward", 0)
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("arithmetic", ARITHMETIC[:3])
 @pytest.mark.parametrize("case", BRIEF, ids=lambda c: c.name)
 def test_small_integers_are_exact(case: Case, arithmetic: str) -> None:
     problem = make(replace(case, density=0.1), DTYPE[arithmetic], integers=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -137,6 +138,8 @@ def objects() -> Path:
         key.update(file.read_bytes())
     folder = ROOT / "build" / "emulation" / f"units-{key.hexdigest()[:16]}"
     if not (folder / "complete").exists():
+        for old in folder.parent.glob("units-*"):
+            shutil.rmtree(old)
         (folder / "include" / "cuda").mkdir(parents=True, exist_ok=True)
         (folder / "include" / "cuda" / "entry.cpp").write_text(ENTRY)
         for file in SOURCES.iterdir():

@@ -78,7 +78,7 @@ def test_matches_autograd_of_the_reference(case: Case, arithmetic: str) -> None:
 
 
 @pytest.mark.parametrize("order", ["reversed", "shuffled"])
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("arithmetic", ARITHMETIC[:3])
 @pytest.mark.parametrize("case", BRIEF, ids=lambda c: c.name)
 def test_the_order_of_threads_does_not_matter(
     case: Case, arithmetic: str, order: str, thread_order: Callable[[str, int], None]
@@ -92,7 +92,7 @@ def test_the_order_of_threads_does_not_matter(
         thread_order("forward", 0)
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("arithmetic", ARITHMETIC[:3])
 @pytest.mark.parametrize("case", BRIEF, ids=lambda c: c.name)
 def test_small_integers_are_exact(case: Case, arithmetic: str) -> None:
     case = replace(case, density=0.1)
