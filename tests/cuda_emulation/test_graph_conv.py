@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -257,6 +259,18 @@ def test_the_bias_is_a_map_whose_gradient_is_given() -> None:
     )
     (got,) = torch.autograd.grad(cuda.bias_map(adjacency, bias), bias, dmap)
     assert torch.allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("adjacency", ["shared", "channel"])
+def test_every_launch_is_on_the_stream_that_is_given(adjacency: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    strays = ctypes.CDLL(os.environ["SPARSE_STGCN_EMULATED"]).emulate_strays
+    problem = make(Case("on a stream", N=1, O=8, T=2, V=5, adjacency=adjacency), torch.float32)
+    problem.forward("float32")
+    strays(ctypes.c_void_p(0))
+    monkeypatch.setattr(cuda, "_stream", lambda x: 0x5EED)
+    problem.forward("float32")
+    problem.backward("float32")
+    assert strays(ctypes.c_void_p(0x5EED)) == 0
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
