@@ -36,7 +36,8 @@ template <class T> __global__ void __launch_bounds__(THREADS) mix_kernel(MixArgs
             float sums[FRAMES] = {};
             for (int k = 0; k < K; ++k) {
                 if (!m.expand || (k == 0 && w == lane)) {
-                    const T* x = static_cast<const T*>(m.x.data) + n * m.x.batch + (m.expand ? c : k * m.C + c) * m.x.channel + int64_t(t) * V;
+                    const int64_t channel = m.expand ? c : k * m.C + c;
+                    const T* x = static_cast<const T*>(m.x.data) + n * m.x.batch + channel * m.x.channel + int64_t(t) * V;
                     __syncwarp();
                     for (int i = lane; i < FRAMES * V; i += 32) rows[i] = i < frames * V ? to_float(x[i]) : 0.f;
                     __syncwarp();
@@ -99,7 +100,8 @@ template <class T> __global__ void __launch_bounds__(THREADS) outer_kernel(Outer
             }
             __syncthreads();
             for (int r = subset; r < rows && subset < subsets; r += subsets) {
-                const float4 p = *reinterpret_cast<const float4*>(xs + r * J + v0), q = *reinterpret_cast<const float4*>(ds + r * J + w0);
+                const float4 p = *reinterpret_cast<const float4*>(xs + r * J + v0);
+                const float4 q = *reinterpret_cast<const float4*>(ds + r * J + w0);
                 const float from[4] = {p.x, p.y, p.z, p.w}, to[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
@@ -123,7 +125,8 @@ template <class T> __global__ void __launch_bounds__(THREADS) outer_kernel(Outer
     }
 }
 
-template <class T> __global__ void __launch_bounds__(THREADS) sum_splits(const float* partial, int splits, int64_t count, T* to) {
+template <class T>
+__global__ void __launch_bounds__(THREADS) sum_splits(const float* partial, int splits, int64_t count, T* to) {
     const int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x;
     if (i >= count) return;
     float sum = 0.f;
@@ -145,10 +148,12 @@ int64_t planes(const Outer& o) { return int64_t(o.per_sample ? 1 : o.N) * (o.per
 
 }  // namespace
 
+int64_t mix_shared(int K, int V) { return (int64_t(K) * V * rounded(V, 32) + WARPS * FRAMES * V) * 4; }
+
 const char* mix_joints(const Mix& m, void* stream) {
     const int per_block = m.adjacency.channel ? 1 : 16;
     const MixArgs a{m, (m.C + per_block - 1) / per_block, per_block};
-    const int64_t bytes = (int64_t(m.K) * m.V * rounded(m.V, 32) + WARPS * FRAMES * m.V) * 4, blocks = int64_t(m.N) * a.blocks_per_sample;
+    const int64_t bytes = mix_shared(m.K, m.V), blocks = int64_t(m.N) * a.blocks_per_sample;
     if (blocks == 0) return nullptr;
     if (blocks > INT32_MAX) return "more than 2^31 blocks";
     const dim3 grid{unsigned(blocks)};

@@ -4,8 +4,8 @@
 
 namespace sparse_stgcn::cuda {
 
-// expand: y[n, k*C + c, t, :] = x[n, c, t, :] A_k. Otherwise the sum y[n, c, t, :] = sum over k of x[n, k*C + c, t, :] A_k, with
-// the epilogue. A_k[from][to] may be per sample and per channel c; y is contiguous.
+// expand: y[n, k*C + c, t, :] = x[n, c, t, :] A_k. Otherwise the sum y[n, c, t, :] = sum over k of x[n, k*C + c, t, :] A_k,
+// with the epilogue. A_k[from][to] may be per sample and per channel c; y is contiguous.
 struct Mix {
     Arithmetic arithmetic;
     bool expand;
@@ -15,6 +15,7 @@ struct Mix {
     Epilogue epilogue;
     void* y;
 };
+int64_t mix_shared(int K, int V);                       // bytes of shared memory
 const char* mix_joints(const Mix& m, void* stream);
 
 // dA_k[v][w] = sum over frames, and over what the adjacency does not depend on, of x[n, c, t, v] d[n, c, t, w], where the

@@ -14,7 +14,8 @@ struct AdjacencyPanel {
 };
 
 // A_k transposed for the matrix unit, whose lanes read neighbouring v of one w; as it is for IEEE float32.
-template <class Math, class T> __device__ __forceinline__ void load_adjacency(T* graph, const AdjacencyPanel& a, int pitch, int n) {
+template <class Math, class T>
+__device__ __forceinline__ void load_adjacency(T* graph, const AdjacencyPanel& a, int pitch, int n) {
     const int J = joints(a.V);
     const T* data = static_cast<const T*>(a.from.data) + n * a.from.batch;
     for (int i = threadIdx.x; i < a.K * J * J; i += THREADS) {
@@ -40,7 +41,8 @@ __device__ __forceinline__ void multiply(T* z, const T* x, const T* graph, const
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, V = a.V, J = joints(V), pitch = tile.adjacency_pitch;
     int job = warp;                                                     // over the subsets, so that warps share all of them
     for (int k = 0; k < a.K; ++k) {
-        const int first = __ldg(a.live_starts + chunk * a.K + k), rows = (__ldg(a.live_starts + chunk * a.K + k + 1) - first) * frames;
+        const int* starts = a.live_starts + chunk * a.K + k;
+        const int first = __ldg(starts), rows = (__ldg(starts + 1) - first) * frames;
         const T* A = graph + k * J * pitch;
         auto from = [&](int m) {                                        // row (c, frame) of x
             const int c = __ldg(a.live + first + m / frames);
@@ -53,8 +55,10 @@ __device__ __forceinline__ void multiply(T* z, const T* x, const T* graph, const
             if constexpr (Math::MATRIX) {
                 const int quad = lane & 3, m[2] = {job * 16 + (lane >> 2), job * 16 + (lane >> 2) + 8};
                 const T* row[2] = {from(m[0] < rows ? m[0] : 0), from(m[1] < rows ? m[1] : 0)};
+#pragma unroll 1
                 for (int w0 = 0; w0 < J; w0 += 32) {
                     float sums[4][4] = {};
+#pragma unroll 1
                     for (int v0 = 0; v0 < J; v0 += 8 * PAIR) {
                         uint32_t f[4];
 #pragma unroll

@@ -52,7 +52,8 @@ template <class Op> struct Launch {
         return call;
     }
     void require(const char* product) const {
-        if (name != product) throw std::invalid_argument(std::string("Expected a launch of ") + product + ". Got one of " + name + ".");
+        const std::string text = std::string("Expected a launch of ") + product + ". Got one of " + name + ".";
+        if (name != product) throw std::invalid_argument(text);
     }
     static void check(const char* error) {
         if (error) throw std::runtime_error(std::string("sparse_stgcn on CUDA: ") + error);
@@ -74,8 +75,8 @@ template <class Op> Product<Op> choose(const std::string& name, Product<Op> forw
 }
 
 struct Conv : Launch<TemporalConv> {
-    static TemporalConv shape(const std::string& arithmetic, int N, int I, int T, int V, int O, int K, int bo, int bi, int blocks,
-                              int stride, int dilation) {
+    static TemporalConv shape(const std::string& arithmetic, int N, int I, int T, int V, int O, int K, int bo, int bi,
+                              int blocks, int stride, int dilation) {
         return {arithmetic_of(arithmetic), N, T, V, stride, dilation, {O, I, K, bo, bi, blocks, {}, {}, {}, {}, {}, {}}};
     }
     static Product<TemporalConv> product(const std::string& name) {
@@ -96,8 +97,8 @@ struct Conv : Launch<TemporalConv> {
         check(temporal_conv_input_gradient(with(index), tile, device, planes(dy), pointer(values), pointer(dx), pointer(space),
                                            pointer(stream)));
     }
-    void weight_gradient(Plane x, Plane dy, Address values, Index index, Address masked, Address scale, Address dw, Address space,
-                         Address stream) const {
+    void weight_gradient(Plane x, Plane dy, Address values, Index index, Address masked, Address scale, Address dw,
+                         Address space, Address stream) const {
         require("weight_gradient");
         check(temporal_conv_weight_gradient(with(index), tile, device, planes(x), planes(dy), pointer(values),
                                             {pointer<uint8_t>(masked), pointer<float>(scale)}, pointer(dw), pointer(space),
@@ -120,15 +121,15 @@ struct GraphLaunch : Launch<GraphConv> {
     }
     static Adjacency adjacency(const Graph& a) { return {pointer(Address(a[0])), a[1], a[2], a[3], a[4], a[5]}; }
     using Launch::Launch;
-    void forward(Plane x, Address values, Graph graph, Index index, Address map, int64_t map_batch, Address scale, Address shift,
-                 Plane residual, bool relu, Address y, Address space, Address stream) const {
+    void forward(Plane x, Address values, Graph graph, Index index, Address map, int64_t map_batch, Address scale,
+                 Address shift, Plane residual, bool relu, Address y, Address space, Address stream) const {
         require("forward");
         const Epilogue e{pointer<float>(scale), pointer<float>(shift), pointer<float>(map), map_batch, planes(residual), relu};
         check(graph_conv_forward(with(index), tile, device, planes(x), pointer(values), adjacency(graph), e, pointer(y),
                                  pointer(space), pointer(stream)));
     }
-    void input_gradient(Plane x, Plane dy, Address values, Graph graph, Index index, Address dx, Address dadjacency, Address space,
-                        Address stream) const {
+    void input_gradient(Plane x, Plane dy, Address values, Graph graph, Index index, Address dx, Address dadjacency,
+                        Address space, Address stream) const {
         require("input_gradient");
         check(graph_conv_input_gradient(with(index), tile, device, planes(x), planes(dy), pointer(values), adjacency(graph),
                                         pointer(dx), pointer(dadjacency), pointer(space), pointer(stream)));
@@ -162,34 +163,41 @@ PYBIND11_MODULE(_cuda, m) {
              py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"), py::arg("multiprocessors"));
     py::class_<Conv> conv(m, "TemporalConv", py::module_local());
     describe(conv);
-    conv.def(py::init([](const std::string& arithmetic, int N, int I, int T, int V, int O, int K, int bo, int bi, int blocks, int stride,
-                         int dilation, Device device, const std::string& product) {
+    conv.def(py::init([](const std::string& arithmetic, int N, int I, int T, int V, int O, int K, int bo, int bi, int blocks,
+                         int stride, int dilation, Device device, const std::string& product) {
              return Conv(Conv::shape(arithmetic, N, I, T, V, O, K, bo, bi, blocks, stride, dilation), device, product,
                          Conv::product(product));
          }),
-         py::arg("arithmetic"), py::arg("N"), py::arg("I"), py::arg("T"), py::arg("V"), py::arg("O"), py::arg("K"), py::arg("bo"),
-         py::arg("bi"), py::arg("blocks"), py::arg("stride"), py::arg("dilation"), py::arg("device"), py::arg("product") = "forward")
-        .def("forward", &Conv::forward, no_gil, py::arg("x"), py::arg("values"), py::arg("index"), py::arg("scale"), py::arg("shift"),
+         py::arg("arithmetic"), py::arg("N"), py::arg("I"), py::arg("T"), py::arg("V"), py::arg("O"), py::arg("K"),
+         py::arg("bo"),
+         py::arg("bi"), py::arg("blocks"), py::arg("stride"), py::arg("dilation"), py::arg("device"),
+         py::arg("product") = "forward")
+        .def("forward", &Conv::forward, no_gil, py::arg("x"), py::arg("values"), py::arg("index"), py::arg("scale"),
+             py::arg("shift"),
              py::arg("residual"), py::arg("relu"), py::arg("y"), py::arg("scratch"), py::arg("stream"))
         .def("input_gradient", &Conv::input_gradient, no_gil, py::arg("dy"), py::arg("values"), py::arg("index"), py::arg("dx"),
              py::arg("scratch"), py::arg("stream"))
-        .def("weight_gradient", &Conv::weight_gradient, no_gil, py::arg("x"), py::arg("dy"), py::arg("values"), py::arg("index"),
+        .def("weight_gradient", &Conv::weight_gradient, no_gil, py::arg("x"), py::arg("dy"), py::arg("values"),
+             py::arg("index"),
              py::arg("masked"), py::arg("scale"), py::arg("dw"), py::arg("scratch"), py::arg("stream"));
 
     py::class_<GraphLaunch> graph(m, "GraphConv", py::module_local());
     describe(graph);
     graph.def(py::init([](const std::string& arithmetic, int N, int I, int T, int V, int O, int K, int bo, int bi, int blocks,
                           int adjacency_dims, Device device, const std::string& product) {
-              return GraphLaunch(GraphLaunch::shape(arithmetic, N, I, T, V, O, K, bo, bi, blocks, adjacency_dims), device, product,
+              return GraphLaunch(GraphLaunch::shape(arithmetic, N, I, T, V, O, K, bo, bi, blocks, adjacency_dims), device,
+              product,
                                  GraphLaunch::product(product));
           }),
-          py::arg("arithmetic"), py::arg("N"), py::arg("I"), py::arg("T"), py::arg("V"), py::arg("O"), py::arg("K"), py::arg("bo"),
+          py::arg("arithmetic"), py::arg("N"), py::arg("I"), py::arg("T"), py::arg("V"), py::arg("O"), py::arg("K"),
+          py::arg("bo"),
           py::arg("bi"), py::arg("blocks"), py::arg("adjacency_dims"), py::arg("device"), py::arg("product") = "forward")
         .def("forward", &GraphLaunch::forward, no_gil, py::arg("x"), py::arg("values"), py::arg("adjacency"), py::arg("index"),
              py::arg("map"), py::arg("map_batch"), py::arg("scale"), py::arg("shift"), py::arg("residual"), py::arg("relu"),
              py::arg("y"), py::arg("scratch"), py::arg("stream"))
         .def("input_gradient", &GraphLaunch::input_gradient, no_gil, py::arg("x"), py::arg("dy"), py::arg("values"),
-             py::arg("adjacency"), py::arg("index"), py::arg("dx"), py::arg("dadjacency"), py::arg("scratch"), py::arg("stream"))
+             py::arg("adjacency"), py::arg("index"), py::arg("dx"), py::arg("dadjacency"), py::arg("scratch"),
+             py::arg("stream"))
         .def("weight_gradient", &GraphLaunch::weight_gradient, no_gil, py::arg("x"), py::arg("dy"), py::arg("values"),
              py::arg("adjacency"), py::arg("index"), py::arg("masked"), py::arg("scale"), py::arg("dw"), py::arg("scratch"),
              py::arg("stream"));

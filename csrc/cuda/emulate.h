@@ -67,6 +67,7 @@ inline std::vector<Shown> board[2];
 inline std::vector<uint32_t> shared;
 inline Order order = Order::forward;
 inline unsigned seed = 0;
+inline std::vector<const void*> streams;                        // of the launches so far
 
 inline void enter() {                                           // first words of a fiber, and after every switch
 #if defined(__SANITIZE_ADDRESS__)
@@ -219,7 +220,7 @@ inline unsigned lane() { return self->rank & 31; }
 #define __shfl_down_sync(mask, v, by) emu::shuffle((v), emu::lane() + (by) > 31 ? emu::lane() : emu::lane() + (by))
 #define SHARED_MEMORY(name) unsigned char* name = emu::shared_memory()
 #define LAUNCH(kernel, grid, threads, bytes, stream, ...) \
-    ((void)(stream), emu::launch(grid, threads, bytes, [&] { kernel(__VA_ARGS__); }))
+    (emu::streams.push_back(stream), emu::launch(grid, threads, bytes, [&] { kernel(__VA_ARGS__); }))
 struct DeviceGuard { explicit DeviceGuard(int) {} };
 
 template <class T> inline T atomicAdd(T* p, T v) { T old = *p; *p += v; return old; }

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(THREADS, 2) gather_kernel(GatherArgs a) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float* buffer = reinterpret_cast<float*>(memory) + warp * 8 * LD;
     T* panel = reinterpret_cast<T*>(memory + buffer_bytes(PIXELS));
-    T* staged = GRAPH ? panel + ((a.tile.zero_row + 1) * a.tile.pitch + 16 + Panel<T>::PIECE - 1) / Panel<T>::PIECE * Panel<T>::PIECE : panel;
+    T* staged = GRAPH ? panel + rounded((a.tile.zero_row + 1) * a.tile.pitch + 16, Panel<T>::PIECE) : panel;
     T* graph = staged + a.tile.chunk_channels * a.tile.row_pitch;
     const T* values = static_cast<const T*>(a.values);
     const int n = int(blockIdx.x / a.tile.tiles);
@@ -93,7 +93,8 @@ __global__ void __launch_bounds__(THREADS, 2) gather_kernel(GatherArgs a) {
             __syncwarp();
             if (const int group = group0 + e * 8 / BO; group < a.groups) {
                 const int phase = a.out.split || a.out.interleave > 1 ? group / a.groups_per_phase : 0;
-                store<T, PIXELS>(buffer, a.out, n, phase, t0, mine, left, (group - phase * a.groups_per_phase) * BO + e * 8 % BO);
+                const int row = (group - phase * a.groups_per_phase) * BO + e * 8 % BO;
+                store<T, PIXELS>(buffer, a.out, n, phase, t0, mine, left, row);
             }
             __syncwarp();
 #pragma unroll

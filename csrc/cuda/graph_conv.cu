@@ -1,7 +1,7 @@
 // Block-sparse spatial graph convolution: forward, and the gradients of its input, its adjacency and its weights.
 //
 //   y[n,o,t,w] = act( scale[o] * ( sum over live (o,i,k), v of w[o,i,k] x[n,i,t,v] A_k[v,w] + map[o,w] )
-//                     + shift[o] + residual[n,o,t,w] )        x (N,I,T,V), y (N,O,T,V), A (K,V,V), also per sample n and channel o
+//                     + shift[o] + residual[n,o,t,w] )        x (N,I,T,V), y (N,O,T,V), A (K,V,V), also per n and o
 //
 // Forward with an adjacency that all channels share is one pass: z_k = x A_k is made in shared memory, and the weights gather
 // from it (gather_kernel.h, adjacency_panel.h). The others are two passes with one tensor between them, K times as many
@@ -59,6 +59,9 @@ Outer outer_of(const GraphConv& op) {
     o.N = op.N, o.C = op.per_channel ? op.pattern.O : op.pattern.I, o.K = op.pattern.K, o.T = op.T, o.V = op.V;
     return o;
 }
+const char* too_wide(const GraphConv& op, const Device& device) {
+    return mix_shared(op.pattern.K, op.V) > device.shared_per_block ? "the adjacency does not fit into shared memory" : nullptr;
+}
 bool empty(const GraphConv& op) { return op.N == 0 || op.T == 0; }
 const char* misaligned(const void* scratch) {
     return reinterpret_cast<uintptr_t>(scratch) % 16 ? "the scratch must be aligned to 16 bytes" : nullptr;
@@ -66,7 +69,11 @@ const char* misaligned(const void* scratch) {
 
 }  // namespace
 
-Tile graph_conv_tile(const GraphConv& op, const Device& device) { return choose_tile(forward_of(op), device); }
+Tile graph_conv_tile(const GraphConv& op, const Device& device) {
+    Tile tile = choose_tile(forward_of(op), device);
+    if (op.per_channel && too_wide(op, device)) tile.reason = too_wide(op, device);
+    return tile;
+}
 
 int64_t graph_conv_scratch(const GraphConv& op, const Tile& tile) {
     return bytes_of_plan(forward_of(op), tile.chunks) + (op.per_channel ? plane_bytes(op, op.pattern.O) : 0);
@@ -92,6 +99,7 @@ Tile graph_conv_input_gradient_tile(const GraphConv& op, const Device& device) {
     Tile tile = choose_tile(input_gradient_of(op), device);
     if (op.V > MAX_JOINTS) tile.reason = "the gradient of the adjacency takes up to 64 vertices";
     if (op.per_channel && !tile.reason) tile.reason = choose_tile(hidden_of(op), device).reason;
+    if (too_wide(op, device)) tile.reason = too_wide(op, device);
     tile.splits = outer_splits(outer_of(op), device);
     return tile;
 }
@@ -148,7 +156,9 @@ const char* graph_conv_input_gradient(const GraphConv& op, const Tile& tile, con
 }
 
 Tile graph_conv_weight_gradient_tile(const GraphConv& op, const Device& device) {
-    return choose_weight_tile(weight_gradient_of(op), device);
+    Tile tile = choose_weight_tile(weight_gradient_of(op), device);
+    if (too_wide(op, device)) tile.reason = too_wide(op, device);
+    return tile;
 }
 
 int64_t graph_conv_weight_gradient_scratch(const GraphConv& op, const Tile& tile) {

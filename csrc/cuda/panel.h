@@ -51,7 +51,7 @@ __device__ __forceinline__ void clear_before(T* panel, int pitch, const Rows& x,
 struct Output {
     void* y;
     Epilogue epilogue;
-    int V, rows, channels, frames, interleave, split;   // rows of a phase; of y: channels, frames; 1 or the phases' frames apart
+    int V, rows, channels, frames, interleave, split;   // rows of a phase; of y: channels, frames; phases, or 1
 };
 
 // Write eight rows of the warp's pixels, first .. first + left - 1 of the tile, from its buffer: 16 aligned bytes at once,

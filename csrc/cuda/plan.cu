@@ -66,16 +66,18 @@ __global__ void __launch_bounds__(KEYS) plan_slots(PlanArgs a) {
         for (int w = 0; w < words; ++w) rank[w + 1] = rank[w] + __popc(bits[w]);
     }
     __syncthreads();
+    auto place_of = [&](int u) { return rank[u / 32] + __popc(bits[u / 32] & ((1u << u % 32) - 1)); };
     for (int u = thread; u < units; u += KEYS)
-        if (uint32_t(bits[u / 32]) >> u % 32 & 1) list[rank[u / 32] + __popc(bits[u / 32] & ((1u << u % 32) - 1))] = uint16_t(u);
+        if (uint32_t(bits[u / 32]) >> u % 32 & 1) list[place_of(u)] = uint16_t(u);
     __syncthreads();
     const int n = rank[words] * a.sb;
     auto channel_of = [&](int e) { return list[e / a.sb] / a.K * a.sb + e % a.sb; };
     for (int e = thread; e < n; e += KEYS) {
         const int channel = channel_of(e), tap = list[e / a.sb] % a.K;
         const Row row = row_of(a, channel, tap);
-        const int64_t place = (a.rule == Rule::adjacency ? row.local * a.pitch : (int64_t(row.chunk) * a.chunk + row.local) * a.channel_stride)
-                              + int64_t(shift_of(a, phase, tap)) * a.V;
+        const int64_t in_memory = (int64_t(row.chunk) * a.chunk + row.local) * a.channel_stride;
+        const int64_t shift = int64_t(shift_of(a, phase, tap)) * a.V;
+        const int64_t place = (a.rule == Rule::adjacency ? row.local * a.pitch : in_memory) + shift;
         key[e] = channel < a.sources ? uint8_t(row.chunk * 8 + int(place % a.piece)) : 255;
     }
     __syncthreads();
@@ -97,7 +99,8 @@ __global__ void __launch_bounds__(KEYS) plan_slots(PlanArgs a) {
     for (int e = 0; e < n; ++e)
         if (key[e] == thread) {
             const int chunk = thread / 8, quads = (start[chunk + 1] - start[chunk]) / 4, each = a.step / 4, quad = next % quads;
-            at[e] = uint16_t(start[chunk] - start[0] + (a.deal ? quad / each * a.step + next / quads * each + quad % each : next));
+            const int dealt = quad / each * a.step + next / quads * each + quad % each;
+            at[e] = uint16_t(start[chunk] - start[0] + (a.deal ? dealt : next));
             ++next;
         }
     int* starts = a.plan.starts + id * (a.chunks + 1);
@@ -126,7 +129,7 @@ __global__ void __launch_bounds__(KEYS) plan_slots(PlanArgs a) {
         if (shift_of(a, phase, tap) < 0 || column < 0 || column >= a.rows) continue;
         const int value = a.perm ? block * size + t * a.sb + s : block * size + s * a.tb + t;
         const bool inside = target < a.targets && a.source[j] * a.sb + s < a.sources;
-        const int e = (rank[unit / 32] + __popc(bits[unit / 32] & ((1u << unit % 32) - 1))) * a.sb + s;
+        const int e = place_of(unit) * a.sb + s;
         const int position = inside ? (start[0] + at[e]) * a.rows + column : -1;
         if (a.plan.where) a.plan.where[value] = position;
         else if (inside && a.element == 2) packed16[position] = static_cast<const uint16_t*>(a.values)[value];

@@ -5,8 +5,8 @@
 //              pixels = K                  A block of 8 warps takes a share of the tiles (sample, frames) and a slice of the
 //           +-------------------+          groups of output channels. It stages x and dy of a tile; a warp then takes 16 slots
 //   slots   | rows of x, shifted|  x  dy   (input channel, tap) of a group at a time and adds the tile's pixels to their sums,
-//     = M   | by the tap        |   = N    which stay in the share's own partial result. The second pass adds the shares up, one
-//           +-------------------+          thread to a weight, in their order, and the group lasso's gradient once.
+//     = M   | by the tap        |   = N    which stay in the share's own partial result. The second pass adds the shares up,
+//           +-------------------+          one thread to a weight, in their order, and the group lasso's gradient once.
 //
 // Contract: float32 sums, in an order that depends on shapes, pattern and number of multiprocessors alone; no atomics;
 // pixels past the tile are cleared in registers on both sides, so that nothing strange is multiplied.
@@ -71,10 +71,11 @@ template <class E> struct OnMatrixUnit {                     // tf32, bfloat16, 
     static constexpr int STEP = 16, BLOCKS = 2;
 
     template <int EIGHTS, bool UNIT, class Row>
-    static __device__ __forceinline__ void task(float* sums, bool first, const Panel<T>& x, const int2* slots, const T* dy, Row row,
-                                                int pixels, const WeightArgs& a) {
+    static __device__ __forceinline__ void task(float* sums, bool first, const Panel<T>& x, const int2* slots, const T* dy,
+                                                Row row, int pixels, const WeightArgs& a) {
         constexpr int RUN = sizeof(T) == 2 ? 16 : 8;
-        const int lane = threadIdx.x % 32, quad = lane & 3, slot[2] = {x.row(slots[lane >> 2].x), x.row(slots[(lane >> 2) + 8].x)};
+        const int lane = threadIdx.x % 32, quad = lane & 3;
+        const int slot[2] = {x.row(slots[lane >> 2].x), x.row(slots[(lane >> 2) + 8].x)};
         float sum[EIGHTS][4];
         auto at = [&](int e, int i) { return sums + ((lane >> 2) + i * 8) * a.rows + e * 8 + 2 * quad; };
 #pragma unroll
@@ -95,7 +96,8 @@ template <class E> struct OnMatrixUnit {                     // tf32, bfloat16, 
                 load_run<T, true>(g, dy, from[e], p, pixels, a.V, 1);
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {                           // the order of pixels along K is ours
-                    const uint32_t m[4] = {f[0][2 * j], f[1][2 * j], f[0][2 * j + 1], f[1][2 * j + 1]}, b[2] = {g[2 * j], g[2 * j + 1]};
+                    const uint32_t m[4] = {f[0][2 * j], f[1][2 * j], f[0][2 * j + 1], f[1][2 * j + 1]};
+                    const uint32_t b[2] = {g[2 * j], g[2 * j + 1]};
                     mma(T{}, sum[e], m, b);
                 }
             }
@@ -124,8 +126,8 @@ struct InFloat32 {                                                      // IEEE:
     static constexpr int STEP = 8, BLOCKS = 1;                          // 64 sums a lane, and what they need: no room for two
 
     template <int EIGHTS, bool UNIT, class Row>
-    static __device__ __forceinline__ void task(float* sums, bool first, const Panel<T>& x, const int2* slots, const T* dy, Row row,
-                                                int pixels, const WeightArgs& a) {
+    static __device__ __forceinline__ void task(float* sums, bool first, const Panel<T>& x, const int2* slots, const T* dy,
+                                                Row row, int pixels, const WeightArgs& a) {
         const int lane = threadIdx.x % 32;
         float sum[64] = {};
         int slot[8], from[8];
@@ -182,18 +184,19 @@ __global__ void __launch_bounds__(THREADS, Math::BLOCKS) weight_gradient_kernel(
             clear_before(panel, pitch, a.x, start, origin, channels);
             __syncthreads();
             const Panel<T> x = {panel, int(origin & (Panel<T>::PIECE - 1))};
-            int turn = 0;                                               // the task that comes next; tasks are dealt to the warps
+            int turn = 0;                                               // the next task; tasks are dealt to the warps
             for (int group = group0; group < group_end; ++group) {
                 const int* starts = a.starts + group * (a.tile.chunks + 1) + chunk;
-                const int begin = __ldg(starts), tasks = (__ldg(starts + 1) - begin) / Math::STEP * (a.rows / (8 * EIGHTS));
+                const int begin = __ldg(starts), parts = a.rows / (8 * EIGHTS);
+                const int tasks = (__ldg(starts + 1) - begin) / Math::STEP * parts;
                 for (int job = (warp - turn) & (WARPS - 1); job < tasks; job += WARPS) {
-                    const int o = job % (a.rows / (8 * EIGHTS)) * 8 * EIGHTS, s = begin + job / (a.rows / (8 * EIGHTS)) * Math::STEP;
-                    auto row = [&](int r) {                             // past the last row: a twin of it, whose sums nobody reads
+                    const int o = job % parts * 8 * EIGHTS, s = begin + job / parts * Math::STEP;
+                    auto row = [&](int r) {                             // past the last: its twin, whose sums nobody reads
                         const int wanted = first_row(group) - row0 + o + r, c = wanted < rows ? wanted : rows - 1;
                         return c * dy_pitch + int((origin_dy + c * a.dy.channel) & (Panel<T>::PIECE - 1));
                     };
-                    Math::template task<EIGHTS, UNIT>(partial + int64_t(s) * a.rows + o, tile == tile0, x, a.slots + s, panel_dy, row,
-                                                      pixels, a);
+                    Math::template task<EIGHTS, UNIT>(partial + int64_t(s) * a.rows + o, tile == tile0, x, a.slots + s,
+                                                      panel_dy, row, pixels, a);
                 }
                 turn += tasks;
             }
@@ -266,8 +269,8 @@ Tile choose_weight_tile(const Gather& g, const Device& device) {
                 const int64_t share = slot_count(g, chunks, step_of(g)) * g.rows() * 4, all = int64_t(g.N) * tiles;
                 int64_t splits = (2 * device.multiprocessors + used - 1) / used;
                 if (splits * share > PARTIAL_BYTES) splits = PARTIAL_BYTES / share ? PARTIAL_BYTES / share : 1;
-                best = Tile{nullptr, frames, tiles, chunk, chunks, pitch, chunk, 0, used, 0, per_slice, int(splits < all ? splits : all),
-                            dy_pitch, 0, bytes};
+                best = Tile{nullptr, frames, tiles, chunk, chunks, pitch, chunk, 0, used, 0, per_slice,
+                            int(splits < all ? splits : all), dy_pitch, 0, bytes};
             }
     }
     return best;
@@ -287,9 +290,11 @@ const char* weight_gradient(const Gather& g, const Tile& tile, Planes dy, Lasso 
     const Plan plan = place_plan(g, tile.chunks, step, true, scratch);
     if (const char* error = make_plan(g, tile, step, plan, stream)) return error;
     float* partial = reinterpret_cast<float*>(static_cast<char*>(scratch) + plan_bytes(g, tile.chunks, step, true));
-    const WeightArgs a{rows_of(g.x, element, g.source_frames, g.V), rows_of(dy, element, g.frames, g.V), plan.slots, plan.starts,
-                       partial, slot_count(g, tile.chunks, step) * g.rows(), int64_t(g.N) * tile.tiles, g.source_rows(), g.frames,
-                       g.V, g.stride, g.groups(), g.groups_per_phase(), g.targets, g.rows(), reach(g).first, tile};
+    const Rows x = rows_of(g.x, element, g.source_frames, g.V), rows_dy = rows_of(dy, element, g.frames, g.V);
+    const int64_t share = slot_count(g, tile.chunks, step) * g.rows();
+    const int64_t tiles = int64_t(g.N) * tile.tiles;
+    const WeightArgs a{x, rows_dy, plan.slots, plan.starts, partial, share, tiles, g.source_rows(), g.frames, g.V, g.stride,
+                       g.groups(), g.groups_per_phase(), g.targets, g.rows(), reach(g).first, tile};
     const dim3 grid(unsigned(tile.splits), unsigned(tile.slices));
     const char* error = nullptr;
     if (a.tiles && g.V) switch (g.arithmetic) {

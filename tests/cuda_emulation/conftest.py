@@ -21,7 +21,8 @@ from sparse_stgcn.kernels import cuda
 @pytest.fixture(scope="session")
 def emulated() -> ModuleType:
     path = os.environ["SPARSE_STGCN_EMULATED"]
-    spec = importlib.util.spec_from_file_location("_cuda", path)
+    # pybind11 keeps modules by their full name: each file has a name of its own
+    spec = importlib.util.spec_from_file_location(f"emulated_{abs(hash(path))}._cuda", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

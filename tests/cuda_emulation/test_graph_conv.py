@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -77,15 +79,17 @@ class Problem:
             scale=self.scale, shift=self.shift, residual=given["residual"], relu=self.case.epilogue, tf32=arithmetic == "tf32",
         )  # fmt: skip
 
-    def backward(self, arithmetic: str, masked: Tensor | None = None, scale: Tensor | None = None, **changes: Tensor) -> list[Tensor]:
+    def backward(
+        self, arithmetic: str, masked: Tensor | None = None, scale: Tensor | None = None, **changes: Tensor
+    ) -> list[Tensor]:
         p, given = self.pattern, {"x": self.x, "dy": self.dy, "adjacency": self.adjacency, **changes}
         dx, da = cuda.graph_conv_input_gradient(
             given["x"], given["dy"], self.values, given["adjacency"], p.row_ptr, p.input, p.tap, p.t_ptr, p.t_perm, p.t_row,
             p.shape, p.block, tf32=arithmetic == "tf32",
         )  # fmt: skip
         dw, _ = cuda.graph_conv_weight_gradient(
-            given["x"], given["dy"], self.values, given["adjacency"], masked, scale, p.row_ptr, p.input, p.tap, p.shape, p.block,
-            tf32=arithmetic == "tf32",
+            given["x"], given["dy"], self.values, given["adjacency"], masked, scale, p.row_ptr, p.input, p.tap,
+            p.shape, p.block, tf32=arithmetic == "tf32",
         )  # fmt: skip
         assert dx is not None
         assert da is not None
@@ -135,7 +139,8 @@ def make(case: Case, dtype: torch.dtype, integers: bool = False) -> Problem:
 
 def compare(name: str, got: Tensor, want: Tensor, size: Tensor, arithmetic: str, relu: bool = False) -> None:
     bound = (FACTOR_EPS[arithmetic] + 8 * 2.0**-24) * size + STORE_EPS[arithmetic] * want.abs()
-    bound = bound + (2.0**-20 if arithmetic == "float16" else 1e-30)  # float16: what lies between may be below its normal numbers
+    # in float16 what lies between may be below its normal numbers
+    bound = bound + (2.0**-20 if arithmetic == "float16" else 1e-30)
     want = want.clamp(min=0) if relu else want
     error = (got.double() - want).abs()
     assert got.shape == want.shape, name
@@ -155,7 +160,7 @@ def check_backward(problem: Problem, actual: list[Tensor], arithmetic: str) -> N
 @pytest.fixture(autouse=True)
 def _shared_memory(request: pytest.FixtureRequest, emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     case = request.getfixturevalue("case") if "case" in request.fixturenames else CASES[0]
-    monkeypatch.setattr(cuda, "_device", lambda index: emulated.Device(case.shared, max(case.shared, 100 << 10), 3))
+    monkeypatch.setattr(cuda, "_device", lambda index: emulated.Device(case.shared, max(case.shared, 100 << 10), 1))
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
@@ -165,15 +170,19 @@ def test_matches_the_reference(case: Case, arithmetic: str) -> None:
     check_forward(problem, problem.forward(arithmetic), arithmetic)
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    ("case", "arithmetic"),
+    # float16 is bfloat16's source with another conversion: every third case
+    [(case, a) for i, case in enumerate(CASES) for a in ARITHMETIC if a != "float16" or i % 3 == 0],
+    ids=lambda c: getattr(c, "name", c),
+)
 def test_gradients_match_autograd_of_the_reference(case: Case, arithmetic: str) -> None:
     problem = make(case, DTYPE[arithmetic])
     check_backward(problem, problem.backward(arithmetic), arithmetic)
 
 
 @pytest.mark.parametrize("order", ["reversed", "shuffled"])
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("arithmetic", ARITHMETIC[:3])
 @pytest.mark.parametrize("case", BRIEF, ids=lambda c: c.name)
 def test_the_order_of_threads_does_not_matter(
     case: Case, arithmetic: str, order: str, thread_order: Callable[[str, int], None]
@@ -187,7 +196,7 @@ def test_the_order_of_threads_does_not_matter(
         thread_order("forward", 0)
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("arithmetic", ARITHMETIC[:3])
 @pytest.mark.parametrize("case", BRIEF, ids=lambda c: c.name)
 def test_small_integers_are_exact(case: Case, arithmetic: str) -> None:
     problem = make(replace(case, density=0.1), DTYPE[arithmetic], integers=True)
@@ -221,6 +230,16 @@ def test_nan_in_a_channel_that_no_block_reads(arithmetic: str) -> None:
     check_forward(problem, problem.forward(arithmetic, x=x), arithmetic)
 
 
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+def test_nan_in_a_frame_stays_there(arithmetic: str) -> None:
+    problem = make(Case("a NaN", bias=False), DTYPE[arithmetic])
+    x = problem.x.clone()
+    x[:, :, 3] = float("nan")
+    y = problem.forward(arithmetic, x=x)
+    sound = [0, 1, 2, 4, 5]
+    assert torch.equal(y[:, :, sound], problem.forward(arithmetic)[:, :, sound])
+
+
 @pytest.mark.parametrize("adjacency", ["shared", "channel"])
 def test_the_lasso_term_is_added_once_to_masked_blocks(adjacency: str) -> None:
     problem = make(Case("lasso", density=0.1, adjacency=adjacency), torch.float32, integers=True)
@@ -240,6 +259,18 @@ def test_the_bias_is_a_map_whose_gradient_is_given() -> None:
     )
     (got,) = torch.autograd.grad(cuda.bias_map(adjacency, bias), bias, dmap)
     assert torch.allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("adjacency", ["shared", "channel"])
+def test_every_launch_is_on_the_stream_that_is_given(adjacency: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    strays = ctypes.CDLL(os.environ["SPARSE_STGCN_EMULATED"]).emulate_strays
+    problem = make(Case("on a stream", N=1, O=8, T=2, V=5, adjacency=adjacency), torch.float32)
+    problem.forward("float32")
+    strays(ctypes.c_void_p(0))
+    monkeypatch.setattr(cuda, "_stream", lambda x: 0x5EED)
+    problem.forward("float32")
+    problem.backward("float32")
+    assert strays(ctypes.c_void_p(0x5EED)) == 0
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:

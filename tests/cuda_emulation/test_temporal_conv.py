@@ -12,7 +12,6 @@ from fused_conv_cases import ARITHMETIC, AWKWARD, BRIEF, CASES, DTYPE, LAYOUTS, 
 
 from sparse_stgcn.kernels import BlockPattern, cuda
 
-
 COVERED = [  # blocks that no matrix unit has the shape of: groups of 8, or of 32, channels gather what covers them
     Case("(4, 1)", block=(4, 1), residual=True),
     Case("(4, 4), ragged", I=10, O=18, block=(4, 4)),

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from sparse_stgcn.kernels import BlockPattern, cuda, reference
 
-BRIEF = [named(name) for name in ("several tiles", "stride 2, T odd", "(16, 16), ragged")]
+SHARES = Case("shares of several tiles", N=2, T=22, shared=20 << 10)
+BRIEF = [SHARES] + [named(name) for name in ("stride 2, T odd", "(16, 16), ragged")]
 
 
 @pytest.fixture(autouse=True)
 def _shared_memory(request: pytest.FixtureRequest, emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device with as much shared memory as the case says, so few multiprocessors that work is shared out unevenly."""
+    """A device with as much shared memory as the case says, so few multiprocessors that a share has several tiles."""
     case = request.getfixturevalue("case") if "case" in request.fixturenames else CASES[0]
-    monkeypatch.setattr(cuda, "_device", lambda index: emulated.Device(case.shared, max(case.shared, 100 << 10), 3))
+    monkeypatch.setattr(cuda, "_device", lambda index: emulated.Device(case.shared, max(case.shared, 100 << 10), 1))
 
 
 def make_dy(case: Case, dtype: torch.dtype, integers: bool = False) -> Tensor:
@@ -65,15 +66,19 @@ def check(problem: Problem, dy: Tensor, actual: list[Tensor], arithmetic: str) -
         assert (error <= bound).all(), f"{name}: largest error / bound {(error / bound).nan_to_num(9e9).max():.3g}"
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
-@pytest.mark.parametrize("case", CASES + COVERED, ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    ("case", "arithmetic"),
+    # float16 is bfloat16's source with another conversion: every third case
+    [(case, a) for i, case in enumerate([*CASES, *COVERED, SHARES]) for a in ARITHMETIC if a != "float16" or i % 3 == 0],
+    ids=lambda c: getattr(c, "name", c),
+)
 def test_matches_autograd_of_the_reference(case: Case, arithmetic: str) -> None:
     problem, dy = make(case, DTYPE[arithmetic]), make_dy(case, DTYPE[arithmetic])
     check(problem, dy, run(problem, problem.x, dy, arithmetic), arithmetic)
 
 
 @pytest.mark.parametrize("order", ["reversed", "shuffled"])
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("arithmetic", ARITHMETIC[:3])
 @pytest.mark.parametrize("case", BRIEF, ids=lambda c: c.name)
 def test_the_order_of_threads_does_not_matter(
     case: Case, arithmetic: str, order: str, thread_order: Callable[[str, int], None]
@@ -87,7 +92,7 @@ def test_the_order_of_threads_does_not_matter(
         thread_order("forward", 0)
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("arithmetic", ARITHMETIC[:3])
 @pytest.mark.parametrize("case", BRIEF, ids=lambda c: c.name)
 def test_small_integers_are_exact(case: Case, arithmetic: str) -> None:
     case = replace(case, density=0.1)
