@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .kernels import BlockPattern, graph_conv, norm, temporal_conv
+from .kernels import BlockPattern, graph_conv, max_pool, norm, share, spans, split, temporal_conv
 from .kernels.dispatch import runs_natively
 
-__all__ = ["SparseConv2d", "TemporalUnit", "Units", "joined", "normalise", "pointwise_unit", "run_units"]
+__all__ = ["SparseConv2d", "TemporalUnit", "Units", "joined", "normalise", "pointwise_unit", "run_units", "unwatched"]
 
 
 class SparseConv2d(nn.Module):
@@ -209,27 +209,43 @@ class SparseConv2d(nn.Module):
         return text if self.pattern is None else f"{text}, {self.stage}, {self.pattern}"
 
 
-def joined(convs: Sequence[SparseConv2d], x: Tensor) -> tuple[Tensor, ...]:
+def joined(convs: Sequence[SparseConv2d], x: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     """[conv(x) for conv in convs], 1 x 1 convolutions of one stride, as one product.
 
-    x is read once, and its gradient is one sum that is written once. Compact convolutions have to agree in their block, and
-    their widths to be multiples of it; otherwise, and where a forward hook watches one of them, they run one by one.
+    x is read once, and its gradient is one sum that is written once. Compact convolutions have to agree in their block; where a
+    width is no multiple of it, outputs that nobody reads fill the last block, up to half as many as are read. Otherwise, and
+    where a forward hook watches one of them, they run one by one, on x each or, where x is as many aliases of one tensor (see
+    ``kernels.share``), on one each.
     """
     kinds = {(conv.kernel_size, conv.stride, conv.subsets, conv.bias is None) for conv in convs}
     if len(kinds) > 1 or convs[0].kernel_size > 1:
         raise ValueError(f"Expected 1 x 1 convolutions of one stride. Got {', '.join(map(str, convs))}.")
-    if any(conv._forward_hooks or conv._forward_pre_hooks for conv in convs):
-        return tuple(conv(x) for conv in convs)
+    one_by_one = lambda: tuple(conv(part) for conv, part in zip(
+        convs, share(x, len(convs)) if isinstance(x, Tensor) else x, strict=True))
+    if not all(map(unwatched, convs)):
+        return one_by_one()
+    first = x if isinstance(x, Tensor) else x[0]
     widths, stages = [conv.out_channels for conv in convs], {conv.stage == "compact" for conv in convs}
     bias = None if convs[0].bias is None else torch.cat([conv.bias for conv in convs])  # type: ignore[misc]
     if stages == {False}:
-        return F.conv2d(x, torch.cat([conv.dense_weight() for conv in convs]), bias, (convs[0].stride, 1)).split(widths, 1)
+        y = F.conv2d(first, torch.cat([conv.dense_weight() for conv in convs]), bias, (convs[0].stride, 1))
+        return split(y, spans(widths))
     patterns = tuple(conv.pattern for conv in convs if conv.pattern is not None)
     pattern = _join(patterns) if stages == {True} else None
     if pattern is None:
-        return tuple(conv(x) for conv in convs)
+        return one_by_one()
     values = torch.cat([conv.values for conv in convs])  # type: ignore[misc]
-    return temporal_conv(x, values, pattern, bias, convs[0].stride).split(widths, 1)
+    rooms = _rooms(patterns)
+    if bias is not None and pattern.shape[0] > bias.numel():
+        bias = torch.cat([F.pad(conv.bias, (0, room - width))  # type: ignore[arg-type]
+                          for conv, room, width in zip(convs, rooms, widths, strict=True)])
+    y = temporal_conv(first, values, pattern, bias, convs[0].stride)
+    return split(y, [(begin, begin + width) for (begin, _), width in zip(spans(rooms), widths, strict=True)])
+
+
+def unwatched(module: nn.Module) -> bool:
+    """No hook looks at what goes into the module or comes out of it, so that others may do its work."""
+    return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 _joins: WeakIdKeyDictionary = WeakIdKeyDictionary()  # first pattern -> the patterns joined, and their join
@@ -239,15 +255,20 @@ def _is(reference: weakref.ref[BlockPattern], pattern: BlockPattern) -> bool:
     return reference() is pattern
 
 
+def _rooms(patterns: Sequence[BlockPattern]) -> list[int]:
+    """Outputs of each pattern in their join: whole blocks, but for the last one."""
+    whole = [-(-p.shape[0] // p.block[0]) * p.block[0] for p in patterns]
+    return [*whole[:-1], patterns[-1].shape[0]]
+
+
 def _join(patterns: tuple[BlockPattern, ...]) -> BlockPattern | None:
-    """The pattern of the weights one below the other; None if a block would span two of them."""
+    """The pattern of the weights one below the other, see ``_rooms``; None if they cannot be joined or it does not pay."""
     kept = _joins.get(patterns[0])
     if kept is not None and len(kept[0]) == len(patterns) - 1 and all(map(_is, kept[0], patterns[1:])):
         return kept[1]
     block, (_, inputs, taps) = patterns[0].block, patterns[0].shape
-    together = None
-    if all(p.block == block and p.shape[0] % block[0] == 0 for p in patterns):
-        outputs = sum(p.shape[0] for p in patterns)
+    together, outputs = None, sum(_rooms(patterns))
+    if all(p.block == block for p in patterns) and 2 * outputs <= 3 * sum(p.shape[0] for p in patterns):
         together = BlockPattern.from_blocks(torch.cat([p.blocks() for p in patterns]), (outputs, inputs, taps), block)
     _joins[patterns[0]] = (tuple(map(weakref.ref, patterns[1:])), together)
     return together
@@ -338,11 +359,21 @@ def run_units(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
         if isinstance(module, nn.BatchNorm2d):
             normed = isinstance(following, nn.ReLU)
             x = normalise(module, x, relu=normed)
+        elif _pools(module, x):
+            x = max_pool(x, module.stride[0])  # type: ignore[index,arg-type]  # a pair, see _pools
         elif not normed:
             x = module(x)
         else:
             normed = False
     return x
+
+
+def _pools(module: nn.Module, x: Tensor) -> bool:
+    """Whether ``kernels.max_pool`` can stand for ``module`` on x."""
+    if type(module) is not nn.MaxPool2d or not unwatched(module) or not runs_natively("max_pool", x):
+        return False
+    shape = (module.kernel_size, module.padding, module.dilation, module.ceil_mode, module.return_indices)
+    return shape == ((3, 1), (1, 0), 1, False, False) and isinstance(module.stride, tuple) and module.stride[1] == 1
 
 
 def pointwise_unit(in_channels: int, out_channels: int) -> Units:

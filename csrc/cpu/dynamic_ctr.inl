@@ -131,7 +131,7 @@ INLINE void ctr_differences(const S* map, const S* dmap, const Joints<S>& j, S* 
 
 template <class S>
 void ctr_backward(const DynamicShape& s, const Pattern& p, View<const S> x1, View<const S> x2, View<const S> x3,
-                  const S* weight, const S* bias, const S* alpha, const S* A, View<const S> dy, S* dx1, S* dx2, S* dx3,
+                  const S* weight, const S* bias, const S* alpha, const S* A, View<const S> dy, S* dx1, S* dx2, View<S> dx3,
                   S* dweight, S* dbias, S* dalpha, S* dA, int threads) {
   // Sums over samples: in at most max_chunks ranges, then range by range.
   const int64_t chunks = min64(max_chunks, max64(s.N, 1)), entries = Mix<S>::entries(s, p) * p.bo;
@@ -165,7 +165,7 @@ void ctr_backward(const DynamicShape& s, const Pattern& p, View<const S> x1, Vie
           gather_row(maps, row, count, mix.bias + c, graph, j.map, j.map);
           for (int64_t i = 0; i < count; i++) {
             S* to = dgraph + i * j.map;
-            multiply(frames_of(dy, n, c + i), graph + i * j.map, s.T, j, dx3 + (n * s.C + c + i) * s.T * s.V);
+            multiply(frames_of(dy, n, c + i), graph + i * j.map, s.T, j, dx3.data + n * dx3.stride[0] + (c + i) * dx3.stride[1]);
             pack_frames(frames_of(x3, n, c + i), s.T, j, packed);
             correlate(frames_of(dy, n, c + i), packed, s.T, j, to, false);
             sums[c + i] += sum_row(to, j.map);

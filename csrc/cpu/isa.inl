@@ -16,6 +16,8 @@
 #include "dynamic_dg.inl"
 #include "norm.inl"
 #include "attend.inl"
+#include "pool.inl"
+#include "means.inl"
 #include "fused.inl"
 #include "fused_product.inl"
 #include "fused_branches.inl"
@@ -31,5 +33,6 @@ constexpr Ops<S> ops() {
           graph_dx<S>,         graph_dw<S>,    lasso_square<S>, lasso_gradient<S>,
           aa_forward<S>,       aa_backward<S>, ctr_forward<S>, ctr_backward<S>, dg_forward<S>, dg_backward<S>,
           norm_forward<S>,     norm_backward<S>,
-          attend_forward<S>,   attend_backward<S>};
+          attend_forward<S>,   attend_backward<S>, pool_forward<S>, pool_backward<S>,
+          frame_mean<S>, total_of<S>, append_mean<S>, append_mean_backward<S>, spread_mean<S>, spread_mean_backward<S>};
 }

@@ -57,6 +57,15 @@ struct NormShape {
   int64_t N, C, P;
 };
 
+// Max-pooling over 3 frames of (N, C, T, V), and means of it; the pixels of a channel lie in one run. Views: stride[0], [1] only.
+struct PoolShape {
+  int64_t N, C, T, V, stride;
+};
+struct MeanShape {
+  int64_t N, C, T, V;
+};
+constexpr int64_t max_parts = 8;  // that are added in one sweep
+
 // AA-GCN's attention of y (N, C, T, V), contiguous: taps of the convolutions along joints and frames, H hidden units.
 struct AttendShape {
   int64_t N, C, T, V, joint_taps, frame_taps, H;
@@ -90,7 +99,7 @@ struct Ops {
   void (*lasso_gradient)(int64_t O, int64_t I, int64_t K, const S* w, const int64_t stride[3], const uint8_t* kept,
                          S scale, S* gradient);
 
-  // Small arguments (alpha, beta, A, weights) are contiguous. x1 and x2 of ctr are (N, R, V): stride[2] is not read; a pattern
+  // Small arguments (alpha, beta, A, weights) are contiguous, and so are channels of dx3. x1 and x2 of ctr are (N, R, V): stride[2] is not read; a pattern
   // without row_ptr is a dense weight (C, R).
   void (*aa_forward)(const DynamicShape&, View<const S> x, View<const S> a, View<const S> b, const S* alpha, const S* A, S* y,
                      int threads);
@@ -99,7 +108,7 @@ struct Ops {
   void (*ctr_forward)(const DynamicShape&, const Pattern&, View<const S> x1, View<const S> x2, View<const S> x3,
                       const S* weight, const S* bias, const S* alpha, const S* A, S* y, int threads);
   void (*ctr_backward)(const DynamicShape&, const Pattern&, View<const S> x1, View<const S> x2, View<const S> x3,
-                       const S* weight, const S* bias, const S* alpha, const S* A, View<const S> dy, S* dx1, S* dx2, S* dx3,
+                       const S* weight, const S* bias, const S* alpha, const S* A, View<const S> dy, S* dx1, S* dx2, View<S> dx3,
                        S* dweight, S* dbias, S* dalpha, S* dA, int threads);
   void (*dg_forward)(const DynamicShape&, GroupView<const S> x, View<const S> x1, View<const S> x2, const S* alpha,
                      const S* beta, const S* A, S* y, int threads);
@@ -117,6 +126,19 @@ struct Ops {
   void (*attend_forward)(const AttendShape&, const S* y, const AttendWeights<S>&, S* out, S* state, int threads);
   void (*attend_backward)(const AttendShape&, const S* y, const S* dout, const AttendWeights<S>&, const S* state, S* dy,
                           const AttendGradients<S>&, int threads);
+
+  void (*pool_forward)(const PoolShape&, View<const S> x, View<S> y, int threads);
+  void (*pool_backward)(const PoolShape&, View<const S> x, View<const S> dy, View<S> dx, int threads);
+
+  // V counts the joints without the mean. Results are contiguous unless they are a View; dcoef is added to.
+  void (*frame_mean)(const MeanShape&, View<const S> x, S* mean, int threads);
+  // y = sum of x + mean / T
+  void (*total_of)(const MeanShape&, int64_t count, const View<const S>* x, const S* mean, S* y, int threads);
+  void (*append_mean)(const MeanShape&, View<const S> x, S* y, int threads);
+  void (*append_mean_backward)(const MeanShape&, int64_t count, const View<const S>* g, S* dx, int threads);
+  void (*spread_mean)(const MeanShape&, View<const S> x, const S* coef, View<S> y, int threads);
+  void (*spread_mean_backward)(const MeanShape&, View<const S> dy, View<const S> x, const S* coef, View<S> dx, double* dcoef,
+                               int threads);
 };
 
 struct Table {

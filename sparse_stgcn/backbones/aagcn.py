@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..kernels import attend
 from ..kernels.dispatch import runs_natively
 from ..kernels.dynamic import aa_aggregate
-from ..layers import SparseConv2d, TemporalUnit, joined, normalise
+from ..layers import SparseConv2d, TemporalUnit, joined, normalise, unwatched
 from ..skeleton import Skeleton
 from .base import Backbone, graph_parameter, init_fan_out, shortcut
 
@@ -71,8 +71,7 @@ class AdaptiveGraphUnit(nn.Module):
 
     def _attend(self, y: Tensor) -> Tensor:
         layers = (self.conv_sa, self.conv_ta, self.fc1c, self.fc2c)
-        watched = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
-        if not watched and not torch.is_autocast_enabled(y.device.type) and runs_natively("attend", y):
+        if all(map(unwatched, layers)) and not torch.is_autocast_enabled(y.device.type) and runs_natively("attend", y):
             return attend(y, *(p for layer in layers for p in (layer.weight, layer.bias)))  # type: ignore[arg-type]
         y = y * (1 + torch.sigmoid(self.conv_sa(y.mean(2)))).unsqueeze(2)
         y = y * (1 + torch.sigmoid(self.conv_ta(y.mean(3)))).unsqueeze(3)

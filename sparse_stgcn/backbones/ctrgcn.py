@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels import share, total
 from ..kernels.dynamic import ctr_aggregate
 from ..layers import SparseConv2d, joined, normalise
 from ..skeleton import Skeleton
@@ -54,12 +55,12 @@ class ChannelGraphUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         convs: Any = self.convs
-        embedded = joined([c for conv in convs for c in (conv.conv1, conv.conv2)], x.mean(2, keepdim=True))
-        wide, y = joined([conv.conv3 for conv in convs], x), None
-        for conv, x1, x2, x3, graph in zip(convs, embedded[::2], embedded[1::2], wide, self.A, strict=True):
-            part = conv(x1, x2, x3, self.alpha, graph)
-            y = part if y is None else y + part
-        return normalise(self.bn, y, self.down(x), relu=True)  # type: ignore[arg-type]  # there is a subset
+        x, again, mean = share(x, 2, mean=True)
+        embedded = joined([c for conv in convs for c in (conv.conv1, conv.conv2)], mean)
+        wide = joined([conv.conv3 for conv in convs], again)
+        y = total([conv(x1, x2, x3, self.alpha, graph)
+                   for conv, x1, x2, x3, graph in zip(convs, embedded[::2], embedded[1::2], wide, self.A, strict=True)])
+        return normalise(self.bn, y, self.down(x), relu=True)
 
 
 class CTRGCN(Backbone):

@@ -4,6 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..kernels import share
 from ..kernels.dynamic import dg_aggregate
 from ..layers import SparseConv2d, normalise, pointwise_unit
 from ..skeleton import Skeleton
@@ -35,10 +36,10 @@ class GroupGraphUnit(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean(2, keepdim=True)
+        x, wide, mean = share(x, 2, mean=True)
         grouped = lambda y: y.unflatten(1, (self.subsets, -1))
         y = dg_aggregate(
-            grouped(self.pre(x)),
+            grouped(self.pre(wide)),
             grouped(self.conv1(mean)[:, :, 0]),
             grouped(self.conv2(mean)[:, :, 0]),
             self.alpha[0],

@@ -18,6 +18,7 @@ from . import _native, reference_dynamic
 from ._library import LIBRARY, implement
 from .dispatch import backend_for
 from .pattern import BlockPattern
+from .split import memory, place_of
 
 __all__ = ["aa_aggregate", "ctr_aggregate", "dg_aggregate"]
 
@@ -164,13 +165,16 @@ class _CtrAggregate(torch.autograd.Function):
                 row_ptr: Tensor | None, input: Tensor | None, shape: tuple[int, ...], block: tuple[int, ...]) -> Tensor:
         arguments = (x1, x2, x3, weight, bias, alpha, A, row_ptr, input)
         ctx.save_for_backward(*arguments)
-        ctx.sizes = list(shape), list(block)
+        ctx.sizes, ctx.place = (list(shape), list(block)), place_of(x3)
         return _ops.ctr_aggregate(*arguments, *ctx.sizes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_ops.ctr_aggregate_backward(dy, *ctx.saved_tensors, *ctx.sizes), None, None, None, None
+        x3 = ctx.saved_tensors[2]
+        dx3 = memory(x3, ctx.place)
+        dx1, dx2, *rest = _ops.ctr_aggregate_backward(dy, *ctx.saved_tensors, *ctx.sizes, dx3)
+        return dx1, dx2, dx3, *rest, None, None, None, None
 
 
 class _DgAggregate(torch.autograd.Function):
@@ -189,9 +193,9 @@ _AA = "Tensor x, Tensor a, Tensor b, Tensor alpha, Tensor A"
 _CTR = ("Tensor x1, Tensor x2, Tensor x3, Tensor weight, Tensor bias, Tensor alpha, Tensor A, Tensor? row_ptr, Tensor? input, "
         "int[] shape, int[] block")
 _DG = "Tensor x, Tensor x1, Tensor x2, Tensor alpha, Tensor beta, Tensor A"
-for _name, _schema, _gradients in (("aa", _AA, 5), ("ctr", _CTR, 7), ("dg", _DG, 6)):
+for _name, _schema, _written, _gradients in (("aa", _AA, "", 5), ("ctr", _CTR, ", Tensor(a!) dx3", 6), ("dg", _DG, "", 6)):
     LIBRARY.define(f"{_name}_aggregate({_schema}) -> Tensor")
-    LIBRARY.define(f"{_name}_aggregate_backward(Tensor dy, {_schema}) -> ({', '.join(['Tensor'] * _gradients)})")
+    LIBRARY.define(f"{_name}_aggregate_backward(Tensor dy, {_schema}{_written}) -> ({', '.join(['Tensor'] * _gradients)})")
 
 _DENSE = (8, 1)  # a dense W4 is taken in rows of eight channels, which share each map that is read
 
@@ -267,19 +271,21 @@ def _ctr(x1: Tensor, x2: Tensor, x3: Tensor, weight: Tensor, bias: Tensor, alpha
 
 
 def _fake_ctr_backward(dy: Tensor, x1: Tensor, x2: Tensor, x3: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, A: Tensor,
-                       row_ptr: Tensor | None, input: Tensor | None, shape: list[int], block: list[int]) -> tuple[Tensor, ...]:
-    return _new(x1, x2, x3, weight, bias, alpha, A)
+                       row_ptr: Tensor | None, input: Tensor | None, shape: list[int], block: list[int], dx3: Tensor
+                       ) -> tuple[Tensor, ...]:
+    return _new(x1, x2, weight, bias, alpha, A)
 
 
 @implement("ctr_aggregate_backward", _fake_ctr_backward)
 def _ctr_backward(dy: Tensor, x1: Tensor, x2: Tensor, x3: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, A: Tensor,
-                  row_ptr: Tensor | None, input: Tensor | None, shape: list[int], block: list[int]) -> tuple[Tensor, ...]:
-    gradients = _new(x1, x2, x3, weight, bias, alpha, A)
+                  row_ptr: Tensor | None, input: Tensor | None, shape: list[int], block: list[int], dx3: Tensor
+                  ) -> tuple[Tensor, ...]:
+    dx1, dx2, *rest = gradients = _new(x1, x2, weight, bias, alpha, A)
     weight, bias, A = weight.contiguous(), bias.contiguous(), A.contiguous()
     _native.module.ctr_backward(
         x3.dtype == torch.float64, _ctr_sizes(x1, x3), *_ctr_pattern(weight, row_ptr, input, shape, block),
-        _addresses(x1, x2, x3, weight, bias, alpha, A, dy, *gradients),
-        [*_embedded_strides(x1, x2), x3.stride(), dy.stride()], torch.get_num_threads())
+        _addresses(x1, x2, x3, weight, bias, alpha, A, dy, dx1, dx2, dx3, *rest),
+        [*_embedded_strides(x1, x2), x3.stride(), dy.stride(), dx3.stride()], torch.get_num_threads())
     return gradients
 
 
