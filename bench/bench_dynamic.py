@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sparse_stgcn.kernels import BlockPattern, reference_dynamic
-from sparse_stgcn.kernels.dynamic import aa_aggregate, ctr_aggregate, dg_aggregate
+from sparse_stgcn.kernels.ctr import ctr_aggregate
+from sparse_stgcn.kernels.dynamic import aa_aggregate, dg_aggregate
 
 SHAPES = [(64, 100), (128, 50), (256, 25)]
 OPS = ["aa", "ctr", "ctr_sparse", "dg"]

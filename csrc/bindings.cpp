@@ -27,6 +27,19 @@ Pattern pattern(const Sizes& size, const std::array<Address, 3>& index) {
           (const int32_t*)index[0], (const int32_t*)index[1], (const int32_t*)index[2]};
 }
 
+// Of subsets with `blocks` live blocks each, their indices one after the other; index[0] == 0: dense weights.
+std::vector<Pattern> patterns(const Sizes& size, const Sizes& blocks, const std::array<Address, 2>& index) {
+  std::vector<Pattern> list;
+  const auto *row_ptr = (const int32_t*)index[0], *input = (const int32_t*)index[1];
+  for (const int64_t count : blocks) {
+    Pattern p = pattern(size, {(Address)row_ptr, (Address)input, 0});
+    p.blocks = count;
+    list.push_back(p);
+    if (row_ptr) row_ptr += p.rows + 1, input += count;
+  }
+  return list;
+}
+
 template <class S>
 View<const S> view(Address data, const Sizes& stride) {
   return {(const S*)data, {stride[0], stride[1], stride[2], stride[3]}};
@@ -38,8 +51,8 @@ using Strides = std::vector<Sizes>;
 DynamicShape dynamic_shape(const Sizes& size) { return {size[0], size[1], size[2], size[3], size[4], size[5]}; }
 
 template <class S>
-GroupView<const S> group_view(Address data, const Sizes& stride) {
-  return {(const S*)data, {stride[0], stride[1], stride[2], stride[3], stride[4]}};
+GroupView<S> group_view(Address data, const Sizes& stride) {
+  return {(S*)data, {stride[0], stride[1], stride[2], stride[3], stride[4]}};
 }
 
 // A View of which only the strides of sample and channel are used.
@@ -93,6 +106,8 @@ class Fused {
     net_.joints = size(sizes, "joints"), net_.channels = size(sizes, "channels"), net_.frames = size(sizes, "frames");
     net_.input = size(sizes, "input"), net_.input_ld = size(sizes, "input_ld"), net_.features = size(sizes, "features");
     net_.arena = size(sizes, "arena"), net_.persons = size(sizes, "persons");
+    net_.columns = size(sizes, "columns"), net_.column = size(sizes, "column"), net_.strips = size(sizes, "strips");
+    net_.strip_frames = size(sizes, "strip_frames");
     net_.scale = keep<float>(scale), net_.shift = keep<float>(shift);
     for (const auto& item : steps) {
       const auto d = item.cast<py::dict>();
@@ -107,6 +122,7 @@ class Fused {
       s.bias = array<float>(d, "bias"), s.made_subset = array<int32_t>(d, "made_subset", &s.made);
       s.made_input = array<int32_t>(d, "made_input"), s.ptr = array<int32_t>(d, "ptr");
       s.source = array<int32_t>(d, "source", &s.entries), s.coef = array<float>(d, "coef");
+      s.diagonal = array<int32_t>(d, "diagonal"), s.lane_coef = array<float>(d, "lane_coef");
       s.joints = size(d, "joints"), s.graphs = graphs(d);
       s.maps = size(d, "maps"), s.hidden = size(d, "hidden");
       s.groups = s.bo > 0 ? (s.rows + s.bo - 1) / s.bo : 0;
@@ -205,6 +221,16 @@ PYBIND11_MODULE(_native, m) {
     });
   });
 
+  m.def("pointwise_backward", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
+                                 Address x, const Sizes& x_stride, Address dy, const Sizes& dy_stride, Address masked,
+                                 Address values, double scale, Address dx, Address dw, Address dbias, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.pointwise_backward(temporal_shape(shape), pattern(size, index), view<S>(x, x_stride), view<S>(dy, dy_stride),
+                             lasso<S>(masked, values, scale), (S*)dx, (S*)dw, (S*)dbias, threads);
+    });
+  });
+
   // Graph convolution: shape = (N, T, V, K, entries); adjacency = addresses of ptr, src.
   m.def("graph_forward", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
                             const std::array<Address, 2>& adjacency, Address x, const Sizes& x_stride, Address values, Address coef,
@@ -237,6 +263,51 @@ PYBIND11_MODULE(_native, m) {
     });
   });
 
+  // The same with graphs of the samples: shape = (N, K, C, R, T, V), of which C and R are not read.
+  m.def("sample_graph_forward", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
+                                   Address x, const Sizes& x_stride, Address values, Address graphs, Address bias_map, Address y,
+                                   int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.sample_graph_forward(dynamic_shape(shape), pattern(size, index), view<S>(x, x_stride), (const S*)values,
+                               (const S*)graphs, (const S*)bias_map, (S*)y, threads);
+    });
+  });
+  m.def("sample_graph_dx", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
+                              Address x, const Sizes& x_stride, Address dy, const Sizes& dy_stride, Address values, Address graphs,
+                              Address dx, Address dgraphs, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.sample_graph_dx(dynamic_shape(shape), pattern(size, index), view<S>(x, x_stride), view<S>(dy, dy_stride),
+                          (const S*)values, (const S*)graphs, (S*)dx, (S*)dgraphs, threads);
+    });
+  });
+  m.def("sample_graph_dw", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
+                              Address x, const Sizes& x_stride, Address dy, const Sizes& dy_stride, Address graphs, Address masked,
+                              Address values, double scale, Address dw, Address dbias_map, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.sample_graph_dw(dynamic_shape(shape), pattern(size, index), view<S>(x, x_stride), view<S>(dy, dy_stride),
+                          (const S*)graphs, lasso<S>(masked, values, scale), (S*)dw, (S*)dbias_map, threads);
+    });
+  });
+
+  m.def("sample_product", [](bool is_double, const Sizes& shape, Address x, const Sizes& x_stride, Address graphs, Address y,
+                             int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.sample_product(dynamic_shape(shape), view<S>(x, x_stride), (const S*)graphs, (S*)y, threads);
+    });
+  });
+  m.def("sample_product_backward", [](bool is_double, const Sizes& shape, Address x, const Sizes& x_stride, Address graphs,
+                                      Address dy, const Sizes& dy_stride, Address dx, Address dgraphs, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.sample_product_backward(dynamic_shape(shape), view<S>(x, x_stride), (const S*)graphs, view<S>(dy, dy_stride), (S*)dx,
+                                  (S*)dgraphs, threads);
+    });
+  });
+
   py::class_<Fused>(m, "Fused")
       .def(py::init<const py::dict&, const py::buffer&, const py::buffer&, const py::list&>());
 
@@ -251,52 +322,53 @@ PYBIND11_MODULE(_native, m) {
   });
 
   // Dynamic aggregations: shape = (N, K, C, R, T, V). A list of addresses and a list of strides, in the order of the op.
-  m.def("aa_forward", [](bool is_double, const Sizes& shape, const Addresses& t, const Strides& stride, int threads) {
+  m.def("aa_graphs", [](bool is_double, const Sizes& shape, const Addresses& t, const Strides& stride, int threads) {
     typed(is_double, [&](auto& ops, auto s) {
       using S = decltype(s);
-      ops.aa_forward(dynamic_shape(shape), view<S>(t[0], stride[0]), view<S>(t[1], stride[1]), view<S>(t[2], stride[2]),
-                     (const S*)t[3], (const S*)t[4], (S*)t[5], threads);
+      ops.aa_graphs(dynamic_shape(shape), group_view<const S>(t[0], stride[0]), group_view<const S>(t[1], stride[1]),
+                    (const S*)t[2], (const S*)t[3], (S*)t[4], threads);
     });
   });
-  m.def("aa_backward", [](bool is_double, const Sizes& shape, const Addresses& t, const Strides& stride, int threads) {
+  m.def("aa_graphs_backward", [](bool is_double, const Sizes& shape, const Addresses& t, const Strides& stride, int threads) {
     typed(is_double, [&](auto& ops, auto s) {
       using S = decltype(s);
-      ops.aa_backward(dynamic_shape(shape), view<S>(t[0], stride[0]), view<S>(t[1], stride[1]), view<S>(t[2], stride[2]),
-                      (const S*)t[3], (const S*)t[4], view<S>(t[5], stride[3]), (S*)t[6], (S*)t[7], (S*)t[8], (S*)t[9],
-                      (S*)t[10], threads);
+      ops.aa_graphs_backward(dynamic_shape(shape), group_view<const S>(t[0], stride[0]), group_view<const S>(t[1], stride[1]),
+                             (const S*)t[2], (const S*)t[3], group_view<S>(t[4], stride[2]), group_view<S>(t[5], stride[3]),
+                             (S*)t[6], (S*)t[7], threads);
     });
   });
-  m.def("ctr_forward", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
-                          const Addresses& t, const Strides& stride, int threads) {
+  m.def("ctr_forward", [](bool is_double, const Sizes& shape, const Sizes& size, const Sizes& blocks,
+                          const std::array<Address, 2>& index, const Addresses& t, const Strides& stride, int threads) {
+    const auto of_subsets = patterns(size, blocks, index);
     typed(is_double, [&](auto& ops, auto s) {
       using S = decltype(s);
-      ops.ctr_forward(dynamic_shape(shape), pattern(size, index), view<S>(t[0], stride[0]), view<S>(t[1], stride[1]),
-                      view<S>(t[2], stride[2]), (const S*)t[3], (const S*)t[4], (const S*)t[5], (const S*)t[6], (S*)t[7],
-                      threads);
+      ops.ctr_forward(dynamic_shape(shape), of_subsets.data(), group_view<const S>(t[0], stride[0]),
+                      group_view<const S>(t[1], stride[1]), (const S*)t[2], (const S*)t[3], (const S*)t[4], (const S*)t[5],
+                      (S*)t[6], threads);
     });
   });
-  m.def("ctr_backward", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
-                           const Addresses& t, const Strides& stride, int threads) {
+  m.def("ctr_backward", [](bool is_double, const Sizes& shape, const Sizes& size, const Sizes& blocks,
+                           const std::array<Address, 2>& index, const Addresses& t, const Strides& stride, int threads) {
+    const auto of_subsets = patterns(size, blocks, index);
     typed(is_double, [&](auto& ops, auto s) {
       using S = decltype(s);
-      ops.ctr_backward(dynamic_shape(shape), pattern(size, index), view<S>(t[0], stride[0]), view<S>(t[1], stride[1]),
-                       view<S>(t[2], stride[2]), (const S*)t[3], (const S*)t[4], (const S*)t[5], (const S*)t[6],
-                       view<S>(t[7], stride[3]), (S*)t[8], (S*)t[9], plane<S>(t[10], stride[4]), (S*)t[11], (S*)t[12], (S*)t[13],
-                       (S*)t[14], threads);
+      ops.ctr_backward(dynamic_shape(shape), of_subsets.data(), group_view<const S>(t[0], stride[0]),
+                       group_view<const S>(t[1], stride[1]), (const S*)t[2], (const S*)t[3], (const S*)t[4], (const S*)t[5],
+                       view<S>(t[6], stride[2]), (S*)t[7], (S*)t[8], (S*)t[9], (S*)t[10], (S*)t[11], (S*)t[12], threads);
     });
   });
   m.def("dg_forward", [](bool is_double, const Sizes& shape, const Addresses& t, const Strides& stride, int threads) {
     typed(is_double, [&](auto& ops, auto s) {
       using S = decltype(s);
-      ops.dg_forward(dynamic_shape(shape), group_view<S>(t[0], stride[0]), view<S>(t[1], stride[1]), view<S>(t[2], stride[2]),
+      ops.dg_forward(dynamic_shape(shape), group_view<const S>(t[0], stride[0]), view<S>(t[1], stride[1]), view<S>(t[2], stride[2]),
                      (const S*)t[3], (const S*)t[4], (const S*)t[5], (S*)t[6], threads);
     });
   });
   m.def("dg_backward", [](bool is_double, const Sizes& shape, const Addresses& t, const Strides& stride, int threads) {
     typed(is_double, [&](auto& ops, auto s) {
       using S = decltype(s);
-      ops.dg_backward(dynamic_shape(shape), group_view<S>(t[0], stride[0]), view<S>(t[1], stride[1]), view<S>(t[2], stride[2]),
-                      (const S*)t[3], (const S*)t[4], (const S*)t[5], group_view<S>(t[6], stride[3]), (S*)t[7], (S*)t[8],
+      ops.dg_backward(dynamic_shape(shape), group_view<const S>(t[0], stride[0]), view<S>(t[1], stride[1]), view<S>(t[2], stride[2]),
+                      (const S*)t[3], (const S*)t[4], (const S*)t[5], group_view<const S>(t[6], stride[3]), (S*)t[7], (S*)t[8],
                       (S*)t[9], (S*)t[10], (S*)t[11], (S*)t[12], threads);
     });
   });

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from sparse_stgcn import BlockPattern
-from sparse_stgcn.kernels.dynamic import aa_aggregate, ctr_aggregate, dg_aggregate
+from sparse_stgcn.kernels.ctr import ctr_aggregate
+from sparse_stgcn.kernels.dynamic import aa_aggregate, dg_aggregate
 from tests.kernel_cases import assert_within, normal
 
 N, C, R, T, K = 2, 4, 3, 6, 2

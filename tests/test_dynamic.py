@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_stgcn import BlockPattern
 from sparse_stgcn.kernels import _native
-from sparse_stgcn.kernels.dynamic import ctr_aggregate
+from sparse_stgcn.kernels.ctr import ctr_aggregate, ctr_aggregate_sum
 from tests.dynamic_cases import CASES, FORMULA, NAMES, OPS, OURS, C, K, N, R, T, X, check, ctr, draw, run, sizes
 from tests.kernel_cases import BLOCKS, STRIDES, integers, normal, random_pattern
 
@@ -192,6 +192,46 @@ def test_ctr_takes_live_blocks(backend: str, monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(pattern.scatter(values.grad)[..., 0], gradient, atol=1e-11, rtol=1e-11)
 
 
+@native
+@pytest.mark.parametrize("block", [None, (8, 1), (1, 1), (4, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ctr_sums_over_subsets(dtype: torch.dtype, block: tuple[int, int] | None) -> None:
+    """Weights, embeddings, inputs and graphs of three subsets, against the subsets one by one."""
+    shape, subsets = (21, 11, 1), 3
+    embedded, wide, alpha, A = (normal(*size, seed=seed, dtype=dtype) for seed, size in enumerate(
+        [(2, subsets, 2, 11, 25), (2, subsets, 21, 6, 25), (1,), (subsets, 25, 25)]))
+    patterns = None if block is None else [random_pattern(shape, block, 0.4, seed=k) for k in range(subsets)]
+    dense = [normal(*shape, seed=10 + k, dtype=dtype) for k in range(subsets)]
+    weights = [w[..., 0] for w in dense] if patterns is None else [p.gather(w) for p, w in zip(patterns, dense, strict=True)]
+    biases, dy = [normal(21, seed=20 + k, dtype=dtype) for k in range(subsets)], normal(2, 21, 6, 25, seed=30, dtype=dtype)
+
+    def together(embedded, wide, alpha, A, *small):
+        return ctr_aggregate_sum(embedded, wide, small[:subsets], small[subsets:], alpha, A, patterns)
+
+    def alone(embedded, wide, alpha, A, *small):
+        return sum(ctr_aggregate(embedded[:, k, 0], embedded[:, k, 1], wide[:, k], small[k], small[subsets + k], alpha, A[k],
+                                 None if patterns is None else patterns[k]) for k in range(subsets))
+
+    arguments = [embedded, wide, alpha, A, *weights, *biases]
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-4
+    for a, b in zip(run(together, arguments, dy), run(alone, arguments, dy), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"embedded": torch.zeros(2, 3, 1, 4, 25)}, "embedded of shape"),
+    ({"wide": torch.zeros(2, 2, 8, 6, 25)}, "embedded of shape"),
+    ({"conv4_biases": [torch.zeros(8)]}, "of 3 subsets"), ({"A": torch.zeros(25, 25)}, "A of shape"),
+    ({"conv4_patterns": [BlockPattern.full((8, 4, 1), (b, 1)) for b in (8, 8, 4)]}, "conv4_weight of shape|one block size"),
+])
+def test_bad_subsets_are_refused(change: dict, message: str) -> None:
+    arguments = {"embedded": torch.zeros(2, 3, 2, 4, 25), "wide": torch.zeros(2, 3, 8, 6, 25),
+                 "conv4_weights": [torch.zeros(8, 4)] * 3, "conv4_biases": [torch.zeros(8)] * 3, "alpha": torch.zeros(1),
+                 "A": torch.zeros(3, 25, 25), **change}
+    with pytest.raises(ValueError, match=message):
+        ctr_aggregate_sum(**arguments)
+
+
 def test_gradient_beyond_the_ragged_edge_is_zero() -> None:
     pattern = BlockPattern.full((5, 3, 1), (4, 4))
     arguments = [argument.detach() for argument in draw(sizes("ctr", 25, channels=5, rank=3))]
@@ -217,8 +257,8 @@ def test_what_is_stored_for_the_backward_pass(backend: str, op: str, monkeypatch
         OURS[op](*arguments)
     own = {tensor.untyped_storage().data_ptr() for tensor in arguments}
     extra = sum(size for pointer, size in stored.items() if pointer not in own)
-    maps = 2 * N * 17 * 17 * 8
-    assert extra <= (maps if (op, backend) == ("aa", "reference") else 0)
+    maps, joined = 2 * N * 17 * 17 * 8, 8 * sum(arguments[i].numel() for i in range(len(arguments)) if i != X[op])
+    assert extra <= {("aa", "reference"): maps, ("ctr", "reference"): joined, ("ctr", "native"): joined}.get((op, backend), 0)
 
 
 @native
@@ -227,18 +267,21 @@ def test_opcheck_and_fullgraph(op: str) -> None:
     name = op.split("_")[0]
     arguments = [argument.detach() for argument in draw(sizes(name, 25), torch.float32)]
     dy, extra, ours = torch.randn_like(arguments[X[name]]), (), OURS[name]
-    if op == "ctr":
-        extra = (None, None, [C, R, 1], [8, 1])
     if op == "ctr_live_blocks":
         pattern = random_pattern((C, R, 1), (2, 1), 0.5)
         arguments[3] = pattern.gather(arguments[3][..., None])
-        extra = (pattern.row_ptr, pattern.input, [C, R, 1], [2, 1])
         ours = lambda *leaves: ctr_aggregate(*leaves, pattern)
+    raw = arguments
+    if name == "ctr":  # two subsets with the same weights
+        x1, x2, x3, weight, bias, alpha, A = arguments
+        raw = [torch.stack([x1, x2], 1)[:, None].repeat(1, 2, 1, 1, 1), x3[:, None].repeat(1, 2, 1, 1, 1),
+               weight.flatten().repeat(2), bias.repeat(2, 1), alpha, A.repeat(2, 1, 1)]
+        extra = (None, None, [0, 0], [C, R, 1], [8, 1]) if op == "ctr" else (
+            pattern.row_ptr.repeat(2, 1), pattern.input.repeat(2), [pattern.num_blocks] * 2, [C, R, 1], [2, 1])
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     ops = torch.ops.sparse_stgcn
-    torch.library.opcheck(getattr(ops, f"{name}_aggregate"), (*arguments, *extra), test_utils=tests)
-    written = (torch.empty_like(arguments[X[name]]),) if name == "ctr" else ()
-    torch.library.opcheck(getattr(ops, f"{name}_aggregate_backward"), (dy, *arguments, *extra, *written), test_utils=tests)
+    torch.library.opcheck(getattr(ops, f"{name}_aggregate"), (*raw, *extra), test_utils=tests)
+    torch.library.opcheck(getattr(ops, f"{name}_aggregate_backward"), (dy, *raw, *extra), test_utils=tests)
 
     loss = lambda *leaves: ours(*leaves).relu().square().sum()
     leaves = [argument.clone().requires_grad_() for argument in arguments]

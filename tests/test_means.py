@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from sparse_stgcn.kernels import _native, append_mean, share, spread_mean, total
+from sparse_stgcn.kernels import _native, append_mean, share, spread_mean
 from sparse_stgcn.kernels import reference_units as reference
 from tests.kernel_cases import STRIDES, assert_within, integers, normal, strided
 
@@ -23,7 +23,6 @@ OPS = {
     "share_mean": (lambda op, given: op(given[0], 2, True), share, reference.share),
     "only_mean": (lambda op, given: op(given[0], 1, True)[1:], share, reference.share),
     "append_mean": (lambda op, given: op(given[0], 3), append_mean, reference.append_mean),
-    "total": (lambda op, given: (op([given[0], 2 * given[0], given[0].flip(2)]),), total, reference.total),
     "spread_mean": (lambda op, given: (op(given[1:], given[0]),), spread_mean, reference.spread_mean),
 }
 
@@ -138,8 +137,6 @@ def test_opcheck_and_fullgraph():
     (lambda: share(torch.zeros(2, 3, 4), 1), "x of shape"),
     (lambda: share(torch.zeros(2, 3, 4, 5), 9), "count from 1 to 8"),
     (lambda: append_mean(torch.zeros(2, 3, 4, 5), 0), "count from 1 to 8"),
-    (lambda: total([]), "1 to 8 parts"),
-    (lambda: total([torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4, 4)]), "of one shape"),
     (lambda: spread_mean([], torch.zeros(3)), "xs of shapes"),
     (lambda: spread_mean([torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 3, 5)], torch.zeros(4)), "xs of shapes"),
     (lambda: spread_mean([torch.zeros(2, 3, 4, 5)], torch.zeros(5)), "coef of shape"),

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from sparse_stgcn.kernels import _native, max_pool, norm, spans, split, spread_mean
-from sparse_stgcn.kernels.dynamic import ctr_aggregate
 from sparse_stgcn.kernels.split import memory, place_of
 from tests.kernel_cases import normal
 
@@ -42,8 +41,6 @@ several = {
     "one_without_gradient": lambda parts: max_pool(parts[1]).square().sum(),
     "a_slice_twice": lambda parts: max_pool(parts[0]).square().sum() + 3 * max_pool(parts[0], 2).sum() + parts[2].sum(),
     "a_slice_three_times": lambda parts: sum(max_pool(parts[0], s).square().sum() for s in (1, 2, 3)) + 2 * parts[0].sum(),
-    "ctr": lambda parts: ctr_aggregate(weight.view(2, 1, 6)[..., :5], weight.view(2, 1, 6)[..., 1:], parts[0], weight[:4, None],
-                                       weight[4:8], weight[8], torch.ones(5, 5).double()).square().sum() + parts[1].sum(),
 }
 
 

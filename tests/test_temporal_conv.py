@@ -223,6 +223,30 @@ def test_opcheck_and_fullgraph():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("block", [(8, 1), (4, 4), (3, 5), (1, 1)], ids=str)
+def test_one_pass_over_a_1x1_gives_both_gradients(block):
+    """As the two ops that make one of them each, with the lasso's term; also of no samples and for any number of threads."""
+    p, A = random_pattern((21, 11, 1), block, 0.3), [[21, 11, 1], list(block)]
+    for samples, frames in ((3, 60), (0, 7), (2, 1)):
+        x, values = strided(normal(samples, 11, frames, 25, seed=1), "slice"), p.gather(normal(21, 11, 1, seed=3))
+        dy = strided(normal(samples, 21, frames, 25, seed=4), "channels_last")
+        masked, scale = torch.arange(p.num_blocks) % 2 == 0, torch.tensor(0.3)
+        ops, index, before, results = torch.ops.sparse_stgcn, (p.row_ptr, p.input, p.tap), torch.get_num_threads(), []
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(ops.pointwise_conv_backward(x, dy, values, masked, scale, *index, *A))
+        finally:
+            torch.set_num_threads(before)
+        alone = (ops.temporal_conv_dx(dy, values, *index, *A, 1, 1, frames),
+                 *ops.temporal_conv_dw(x, dy, values, masked, scale, *index, *A, 1, 1))
+        for got, *others, want in zip(*results, alone, strict=True):
+            assert all(torch.equal(got, other) for other in others)
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+    torch.library.opcheck(ops.pointwise_conv_backward, (x, dy, values, None, None, *index, *A),
+                          test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
 @pytest.mark.parametrize(("change", "error", "message"), [
     ({"x": torch.zeros(2, 11, 10, 25)}, ValueError, "x of shape"),
     ({"values": torch.zeros(1, 1, 8)}, ValueError, "values of shape"),

@@ -6,6 +6,7 @@
 
 template <class S>
 struct AdjacencyTable {
+  static constexpr bool of_samples = false;
   int64_t K, V, stride;         // stride: lanes of one slot
   const int32_t *ptr, *src;     // entries by (k, w), or by (k, v) if transposed
   const S* coef;
@@ -56,7 +57,19 @@ struct AdjacencyTable {
         }
   }
 
-  void apply(int64_t k, const S* x, int64_t frames, S* z) const { run<false>(k, x, frames, z); }
+  const AdjacencyTable& at(int64_t) const { return *this; }
+  void apply(int64_t k, const S* x, int64_t frames, S* z) const { apply_runs(k, x, frames, z, 1, 0); }
+  // Several runs of frames, `apart` elements from one another.
+  void apply_runs(int64_t k, const S* x, int64_t frames, S* z, int64_t runs, int64_t apart) const {
+#if VECTOR_BYTES == 64
+    if constexpr (sizeof(S) == 4)
+      if (V >= 16 && V <= 32 && slots[k] >= 1 && slots[k] <= 4)
+        return of_size<4>(slots[k], 0, [&](auto n, int64_t) __attribute__((always_inline)) {
+          permute_held<decltype(n)::value>(k, x, frames, z, runs, apart);
+        });
+#endif
+    for (int64_t r = 0; r < runs; r++) run<false>(k, x + r * apart, frames, z + r * apart);
+  }
   void add(int64_t k, const S* x, int64_t frames, S* z) const { run<true>(k, x, frames, z); }
 
   template <bool ADD>
@@ -110,6 +123,34 @@ struct AdjacencyTable {
       _mm512_mask_storeu_ps(z, low, a);
       _mm512_mask_storeu_ps(z + 16, high, b);
     }
+  }
+  // The same for N slots, V >= 16, with the table in registers. All frames but the last of a run are stored whole: what lies past V
+  // is overwritten by the next one. A masked store costs twice as much.
+  template <int N>
+  void permute_held(int64_t k, const float* x, int64_t frames, float* z, int64_t runs, int64_t apart) const {
+    const __mmask16 high = (__mmask16)((1u << (V - 16)) - 1);
+    __m512i il[N], ih[N];
+    __m512 wl[N], wh[N];
+    UNROLL for (int s = 0; s < N; s++) {
+      const int64_t at = (k * V + s) * stride;
+      il[s] = _mm512_loadu_si512(index + at), ih[s] = _mm512_loadu_si512(index + at + 16);
+      wl[s] = _mm512_loadu_ps(weight + at), wh[s] = _mm512_loadu_ps(weight + at + 16);
+    }
+    for (int64_t r = 0; r < runs; r++)
+      for (int64_t t = 0; t < frames; t++) {
+        const float* from = x + r * apart + t * V;
+        float* to = z + r * apart + t * V;
+        const __m512 lo = _mm512_loadu_ps(from), hi = _mm512_loadu_ps(from + 16);
+        __m512 a = _mm512_mul_ps(wl[0], _mm512_permutex2var_ps(lo, il[0], hi));
+        __m512 b = _mm512_mul_ps(wh[0], _mm512_permutex2var_ps(lo, ih[0], hi));
+        UNROLL for (int s = 1; s < N; s++) {
+          a = _mm512_fmadd_ps(wl[s], _mm512_permutex2var_ps(lo, il[s], hi), a);
+          b = _mm512_fmadd_ps(wh[s], _mm512_permutex2var_ps(lo, ih[s], hi), b);
+        }
+        _mm512_storeu_ps(to, a);
+        if (t + 1 < frames) _mm512_storeu_ps(to + 16, b);
+        else _mm512_mask_storeu_ps(to + 16, high, b);
+      }
   }
   void permute_correlate(int64_t k, const float* x, const float* dz, int64_t frames, float* sums) const {
     const __mmask16 low = V >= 16 ? 0xffff : (1u << V) - 1, high = V > 16 ? (__mmask16)((1u << (V - 16)) - 1) : 0;

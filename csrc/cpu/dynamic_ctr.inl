@@ -1,5 +1,5 @@
-// ctr_aggregate: y[n,c,t,w] = sum over v of x3[n,c,t,v] G[n,c,v,w], with D[r,v,w] = tanh(x1[n,r,v] - x2[n,r,w]) and
-// G[n,c] = A + alpha (b4[c] + sum over live (c,r) of W4[c,r] D[r]). Reference: kernels/reference_dynamic.py.
+// ctr_aggregate: y[n,c,t,w] = sum over k, v of x3[n,k,c,t,v] G[n,k,c,v,w]; of subset k, D[r,v,w] = tanh(x1[n,r,v] - x2[n,r,w])
+// and G[n,c] = A + alpha (b4[c] + sum over live (c,r) of W4[c,r] D[r]). Reference: kernels/reference_dynamic.py.
 //
 // Rank, not channels: D exists for one sample, and only for those r that a live block reads. G is mixed for 8 channels at a
 // time by the register tiles of the convolutions (tile.inl), a map being a row of V * ld pixels: gather makes G, dot makes
@@ -22,6 +22,7 @@ struct Mix {
   static int64_t entries(const DynamicShape& s, const Pattern& p) {
     return p.rows + (dense(p) ? p.rows * s.R : p.blocks * p.bi);
   }
+  static int64_t weights(const DynamicShape& s, const Pattern& p) { return dense(p) ? s.C * s.R : p.blocks * p.bi * p.bo; }
   static size_t room(const DynamicShape& s, const Pattern& p) {
     return Scratch::room<int32_t>(s.R) + Scratch::room<int32_t>(p.rows + 1) + Scratch::room<int32_t>(entries(s, p)) +
            Scratch::room<S>(entries(s, p) * p.bo) + Scratch::room<S>(s.C);
@@ -86,30 +87,52 @@ struct Mix {
   }
 };
 
+// x1 (which = 0) or x2 (1) of subset k, (N, R, 1, V) of embedded (N, K, 2, R, V); x3 or dy of it, (N, C, T, V).
 template <class S>
-void ctr_forward(const DynamicShape& s, const Pattern& p, View<const S> x1, View<const S> x2, View<const S> x3, const S* weight,
+INLINE View<const S> embedding(const GroupView<const S>& x, int64_t k, int64_t which) {
+  return {x.data + k * x.stride[1] + which * x.stride[2], {x.stride[0], x.stride[3], 0, x.stride[4]}};
+}
+template <class S>
+INLINE View<const S> subset(const GroupView<const S>& x, int64_t k) {
+  return {x.data + k * x.stride[1], {x.stride[0], x.stride[2], x.stride[3], x.stride[4]}};
+}
+
+template <class S>
+void ctr_forward(const DynamicShape& s, const Pattern* p, GroupView<const S> x12, GroupView<const S> x3, const S* weight,
                  const S* bias, const S* alpha, const S* A, S* y, int threads) {
-  call_scratch.reserve(Mix<S>::room(s, p));
-  const Mix<S> mix(s, p, weight, bias, *alpha, call_scratch);
-  const Joints<S>& j = mix.j;
+  size_t room = 0;
+  for (int64_t k = 0; k < s.K; k++) room += Mix<S>::room(s, p[k]);
+  call_scratch.reserve(room);
+  std::vector<Mix<S>> mixes;
+  mixes.reserve(s.K);
+  int64_t largest = 0;
+  for (int64_t k = 0; k < s.K; weight += Mix<S>::weights(s, p[k]), k++) {
+    mixes.emplace_back(s, p[k], weight, bias + k * s.C, *alpha, call_scratch);
+    largest = max64(largest, mixes[k].panel_size());
+  }
+  const Joints<S> j(s.V);
   // Threads without a sample of their own take block rows of one, and make the maps once more.
-  const int64_t parts = s.N ? max64(1, min64(p.rows, ceil_div(threads, s.N))) : 1;
+  const int64_t rows = p[0].rows, bo = p[0].bo, parts = s.N ? max64(1, min64(rows, ceil_div(threads, s.N))) : 1;
   parallel(s.N * parts, threads, [&](int64_t task) {
     const int64_t n = task / parts, part = task % parts;
-    task_scratch.reserve(Scratch::room<S>(mix.panel_size()) + Scratch::room<S>(mix_rows * j.map) + Scratch::room<S>(4 * j.ld));
-    S* panel = task_scratch.take<S>(mix.panel_size());
+    task_scratch.reserve(Scratch::room<S>(largest) + Scratch::room<S>(mix_rows * j.map) + Scratch::room<S>(4 * j.ld));
+    S* panel = task_scratch.take<S>(largest);
     S* graph = task_scratch.take<S>(mix_rows * j.map);
     S* work = task_scratch.take<S>(4 * j.ld);
-    pack_map(A, false, j, panel);
-    std::memset(panel + (mix.live + 1) * j.map, 0, j.map * sizeof(S));
-    mix.maps(x1, x2, n, false, panel, work);
-    for (int64_t g = part * p.rows / parts; g < (part + 1) * p.rows / parts; g++)
-      for (int64_t o = 0; o < live_rows(p, g); o += mix_rows) {
-        const int64_t count = min64(mix_rows, live_rows(p, g) - o), c = g * p.bo + o;
-        gather_row(panel, mix.row(g, o), count, mix.bias + c, graph, j.map, j.map);
-        for (int64_t i = 0; i < count; i++)
-          multiply(frames_of(x3, n, c + i), graph + i * j.map, s.T, j, y + (n * s.C + c + i) * s.T * s.V);
-      }
+    for (int64_t k = 0; k < s.K; k++) {  // y of a sample stays in L2
+      const Mix<S>& mix = mixes[k];
+      const View<const S> wide = subset(x3, k);
+      pack_map(A + k * s.V * s.V, false, j, panel);
+      std::memset(panel + (mix.live + 1) * j.map, 0, j.map * sizeof(S));
+      mix.maps(embedding(x12, k, 0), embedding(x12, k, 1), n, false, panel, work);
+      for (int64_t g = part * rows / parts; g < (part + 1) * rows / parts; g++)
+        for (int64_t o = 0; o < live_rows(p[k], g); o += mix_rows) {
+          const int64_t count = min64(mix_rows, live_rows(p[k], g) - o), c = g * bo + o;
+          gather_row(panel, mix.row(g, o), count, mix.bias + c, graph, j.map, j.map);
+          for (int64_t i = 0; i < count; i++)
+            multiply(frames_of(wide, n, c + i), graph + i * j.map, s.T, j, y + (n * s.C + c + i) * s.T * s.V, k > 0);
+        }
+    }
   });
 }
 
@@ -129,76 +152,111 @@ INLINE void ctr_differences(const S* map, const S* dmap, const Joints<S>& j, S* 
   unpack_joints(work, j, dx1);
 }
 
+// What a subset adds to the sums over samples: <dG, D> of every entry, the sums of dG, dA'.
 template <class S>
-void ctr_backward(const DynamicShape& s, const Pattern& p, View<const S> x1, View<const S> x2, View<const S> x3,
-                  const S* weight, const S* bias, const S* alpha, const S* A, View<const S> dy, S* dx1, S* dx2, View<S> dx3,
-                  S* dweight, S* dbias, S* dalpha, S* dA, int threads) {
-  // Sums over samples: in at most max_chunks ranges, then range by range.
-  const int64_t chunks = min64(max_chunks, max64(s.N, 1)), entries = Mix<S>::entries(s, p) * p.bo;
-  const Joints<S> j(s.V);
-  const int64_t size = entries + s.C + j.map;  // <dG, D> of every entry, the sums of dG, dA'
-  call_scratch.reserve(Mix<S>::room(s, p) + Scratch::room<S>(chunks * size));
-  const Mix<S> mix(s, p, weight, bias, *alpha, call_scratch);
-  S* partial = call_scratch.take<S>(chunks * size);
-  parallel(chunks, threads, [&](int64_t chunk) {
-    const int64_t panel = mix.panel_size();
-    task_scratch.reserve(2 * Scratch::room<S>(panel) + 2 * Scratch::room<S>(mix_rows * j.map) + Scratch::room<S>(s.T * j.ld) +
-                         Scratch::room<S>(4 * j.ld));
-    S* maps = task_scratch.take<S>(panel);
-    S* dmaps = task_scratch.take<S>(panel);
-    S* graph = task_scratch.take<S>(mix_rows * j.map);
-    S* dgraph = task_scratch.take<S>(mix_rows * j.map);
-    S* packed = task_scratch.take<S>(s.T * j.ld);
-    S* work = task_scratch.take<S>(4 * j.ld);
-    S *along = partial + chunk * size, *sums = along + entries;
-    std::memset(along, 0, size * sizeof(S));
+INLINE int64_t ctr_sums(const DynamicShape& s, const Pattern& p) {
+  return Mix<S>::entries(s, p) * p.bo + s.C + Joints<S>(s.V).map;
+}
+
+// One sample and subset. maps, dmaps: D' and dD' in the panel of `mix`, their map 0 being A' and dA'; dx12 (2, R, V), dx3 (C, T, V).
+template <class S>
+struct CtrBackward {
+  const DynamicShape& s;
+  const Joints<S>& j;
+  S *maps, *dmaps, *graph, *dgraph, *packed, *work;
+
+  static size_t room(const DynamicShape& s, const Joints<S>& j, int64_t panel) {
+    return 2 * Scratch::room<S>(panel) + 2 * Scratch::room<S>(mix_rows * j.map) + Scratch::room<S>(s.T * j.ld) +
+           Scratch::room<S>(4 * j.ld);
+  }
+  CtrBackward(const DynamicShape& shape, const Joints<S>& joints, int64_t panel, Scratch& scratch)
+      : s(shape), j(joints), maps(scratch.take<S>(panel)), dmaps(scratch.take<S>(panel)),
+        graph(scratch.take<S>(mix_rows * joints.map)), dgraph(scratch.take<S>(mix_rows * joints.map)),
+        packed(scratch.take<S>(shape.T * joints.ld)), work(scratch.take<S>(4 * joints.ld)) {}
+
+  void run(const Mix<S>& mix, View<const S> x1, View<const S> x2, View<const S> x3, View<const S> dy, int64_t n, const S* A,
+           S* dx12, S* dx3, S* along) {
+    const Pattern& p = mix.p;
+    S *sums = along + Mix<S>::entries(s, p) * p.bo, *dA = sums + s.C;
     pack_map(A, true, j, maps);
     std::memset(maps + (mix.live + 1) * j.map, 0, j.map * sizeof(S));
-    std::memset(dmaps, 0, j.map * sizeof(S));  // dA' gathers in map 0 over all samples
-    for (int64_t n = chunk * s.N / chunks; n < (chunk + 1) * s.N / chunks; n++) {
-      mix.maps(x1, x2, n, true, maps, work);
-      std::memset(dmaps + j.map, 0, (panel - j.map) * sizeof(S));
-      for (int64_t g = 0; g < p.rows; g++)
-        for (int64_t o = 0; o < live_rows(p, g); o += mix_rows) {
-          const int64_t count = min64(mix_rows, live_rows(p, g) - o), c = g * p.bo + o;
-          const Entries<S> row = mix.row(g, o);
-          gather_row(maps, row, count, mix.bias + c, graph, j.map, j.map);
-          for (int64_t i = 0; i < count; i++) {
-            S* to = dgraph + i * j.map;
-            multiply(frames_of(dy, n, c + i), graph + i * j.map, s.T, j, dx3.data + n * dx3.stride[0] + (c + i) * dx3.stride[1]);
-            pack_frames(frames_of(x3, n, c + i), s.T, j, packed);
-            correlate(frames_of(dy, n, c + i), packed, s.T, j, to, false);
-            sums[c + i] += sum_row(to, j.map);
-          }
-          dot_row(maps, row.offset + 1, row.n - 1, p.bo, count, dgraph, j.map, j.map, along + (mix.first[g] + 1) * p.bo + o);
-          scatter_row(dmaps, row, count, dgraph, j.map, j.map);
+    mix.maps(x1, x2, n, true, maps, work);
+    std::memset(dmaps, 0, mix.panel_size() * sizeof(S));
+    for (int64_t g = 0; g < p.rows; g++)
+      for (int64_t o = 0; o < live_rows(p, g); o += mix_rows) {
+        const int64_t count = min64(mix_rows, live_rows(p, g) - o), c = g * p.bo + o;
+        const Entries<S> row = mix.row(g, o);
+        gather_row(maps, row, count, mix.bias + c, graph, j.map, j.map);
+        for (int64_t i = 0; i < count; i++) {
+          S* to = dgraph + i * j.map;
+          multiply(frames_of(dy, n, c + i), graph + i * j.map, s.T, j, dx3 + (c + i) * s.T * s.V);
+          pack_frames(frames_of(x3, n, c + i), s.T, j, packed);
+          correlate(frames_of(dy, n, c + i), packed, s.T, j, to, false);
+          sums[c + i] += sum_row(to, j.map);
         }
-      for (int64_t r = 0; r < s.R; r++) {
-        S *d1 = dx1 + (n * s.R + r) * s.V, *d2 = dx2 + (n * s.R + r) * s.V;
-        if (mix.slot[r]) ctr_differences(maps + mix.slot[r] * j.map, dmaps + mix.slot[r] * j.map, j, d1, d2, work);
-        else std::memset(d1, 0, s.V * sizeof(S)), std::memset(d2, 0, s.V * sizeof(S));
+        dot_row(maps, row.offset + 1, row.n - 1, p.bo, count, dgraph, j.map, j.map, along + (mix.first[g] + 1) * p.bo + o);
+        scatter_row(dmaps, row, count, dgraph, j.map, j.map);
       }
+    for (int64_t i = 0; i < j.map; i++) dA[i] += dmaps[i];
+    for (int64_t r = 0; r < s.R; r++) {
+      S *d1 = dx12 + r * s.V, *d2 = dx12 + (s.R + r) * s.V;
+      if (mix.slot[r]) ctr_differences(maps + mix.slot[r] * j.map, dmaps + mix.slot[r] * j.map, j, d1, d2, work);
+      else std::memset(d1, 0, s.V * sizeof(S)), std::memset(d2, 0, s.V * sizeof(S));
     }
-    std::memcpy(sums + s.C, dmaps, j.map * sizeof(S));
+  }
+};
+
+template <class S>
+void ctr_backward(const DynamicShape& s, const Pattern* p, GroupView<const S> x12, GroupView<const S> x3, const S* weight,
+                  const S* bias, const S* alpha, const S* A, View<const S> dy, S* dx12, S* dx3, S* dweight, S* dbias, S* dalpha,
+                  S* dA, int threads) {
+  // Sums over samples: in at most max_chunks ranges, then range by range.
+  const int64_t chunks = min64(max_chunks, max64(s.N, 1));
+  const Joints<S> j(s.V);
+  size_t room = 0;
+  int64_t size = 0, largest = 0;
+  for (int64_t k = 0; k < s.K; k++) room += Mix<S>::room(s, p[k]), size += ctr_sums<S>(s, p[k]);
+  call_scratch.reserve(room + Scratch::room<S>(chunks * size));
+  std::vector<Mix<S>> mixes;
+  mixes.reserve(s.K);
+  const S* of_subset = weight;
+  for (int64_t k = 0; k < s.K; of_subset += Mix<S>::weights(s, p[k]), k++) {
+    mixes.emplace_back(s, p[k], of_subset, bias + k * s.C, *alpha, call_scratch);
+    largest = max64(largest, mixes[k].panel_size());
+  }
+  S* partial = call_scratch.take<S>(chunks * size);
+  parallel(chunks, threads, [&](int64_t chunk) {
+    task_scratch.reserve(CtrBackward<S>::room(s, j, largest));
+    CtrBackward<S> step(s, j, largest, task_scratch);
+    std::memset(partial + chunk * size, 0, size * sizeof(S));
+    for (int64_t n = chunk * s.N / chunks; n < (chunk + 1) * s.N / chunks; n++) {
+      S* along = partial + chunk * size;
+      for (int64_t k = 0; k < s.K; along += ctr_sums<S>(s, p[k]), k++)  // dy of a sample stays in L2
+        step.run(mixes[k], embedding(x12, k, 0), embedding(x12, k, 1), subset(x3, k), dy, n, A + k * s.V * s.V,
+                 dx12 + (n * s.K + k) * 2 * s.R * s.V, dx3 + (n * s.K + k) * s.C * s.T * s.V, along);
+    }
   });
   for (int64_t chunk = 1; chunk < chunks; chunk++)
     for (int64_t i = 0; i < size; i++) partial[i] += partial[chunk * size + i];
 
-  const S *sums = partial + entries, *dmap = sums + s.C;
   double dot = 0;  // dalpha = sum of dG (b4 + W4 D)
-  mix.each([&](int64_t g, int64_t e, int64_t r, int64_t at, int64_t step) {
-    for (int64_t o = 0; o < p.bo; o++) {
-      const bool exists = o < live_rows(p, g);
-      if (!exists && Mix<S>::dense(p)) continue;
-      const S value = exists && r < s.R ? partial[e * p.bo + o] : 0;
-      dweight[at + o * step] = *alpha * value;
-      if (exists) dot += (double)weight[at + o * step] * value;
+  for (int64_t k = 0; k < s.K; k++) {
+    const S *sums = partial + Mix<S>::entries(s, p[k]) * p[k].bo, *dmap = sums + s.C;
+    mixes[k].each([&](int64_t g, int64_t e, int64_t r, int64_t at, int64_t step) {
+      for (int64_t o = 0; o < p[k].bo; o++) {
+        const bool exists = o < live_rows(p[k], g);
+        if (!exists && Mix<S>::dense(p[k])) continue;
+        const S value = exists && r < s.R ? partial[e * p[k].bo + o] : 0;
+        dweight[at + o * step] = *alpha * value;
+        if (exists) dot += (double)weight[at + o * step] * value;
+      }
+    });
+    for (int64_t c = 0; c < s.C; c++) {
+      dbias[k * s.C + c] = *alpha * sums[c];
+      dot += (double)bias[k * s.C + c] * sums[c];
     }
-  });
-  for (int64_t c = 0; c < s.C; c++) {
-    dbias[c] = *alpha * sums[c];
-    dot += (double)bias[c] * sums[c];
+    unpack_transposed_map(dmap, j, dA + k * s.V * s.V);
+    partial += ctr_sums<S>(s, p[k]), weight += Mix<S>::weights(s, p[k]), dweight += Mix<S>::weights(s, p[k]);
   }
   *dalpha = (S)dot;
-  unpack_transposed_map(dmap, j, dA);
 }

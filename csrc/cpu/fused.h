@@ -24,7 +24,8 @@ struct FusedStep {
     kGraph,  // Z_k = X A_k for the rows that live blocks read, one tile of frames at a time; dst = relu(W Z + bias map)
     kConv,   // dst = relu(W (rows of the arena) + bias + residual): any tap, stride and strided residual is an offset
     kSplit,  // frames of src sorted into `planes` planes: what a strided convolution reads
-    kPool,   // mean over all pixels of a row -> features
+    kPool,   // mean over all pixels of a row -> features; in columns of `frames` frames of the clip
+    kBorders,  // in columns: the `lead` and `trail` frames around those of a strip of dst, from its neighbours; src_frames: the clip's
     kAaGraph = 8,  // AA-GCN: embeddings of a person, G_k = A_k + alpha tanh(a_k' b_k / (R T)) -> maps
     kAaApply,      // Z_k = X G_k for the rows that live blocks read; dst = relu(W Z + bias + residual)
     kAttend,       // dst scaled by 1 + sigmoid for joints, then frames, then channels
@@ -52,6 +53,8 @@ struct FusedStep {
   const int32_t *made_subset = nullptr, *made_input = nullptr;  // kGraph: which (k, i) each of the `made` rows of Z is
   const int32_t *ptr = nullptr, *source = nullptr;              // kGraph: sparse adjacency by (k, w), `entries` long
   const float* coef = nullptr;
+  const int32_t* diagonal = nullptr;   // kGraph in columns: whether A_k is nothing but a diagonal, and it for all lanes
+  const float* lane_coef = nullptr;
   FusedGraphs graphs;
   int64_t maps = 0, hidden = 0;  // AA-GCN: offset of the graphs; kAaGraph: R, kAttend: width between the two linear layers
 };
@@ -62,6 +65,9 @@ struct FusedNetwork {
   int64_t features = 0, arena = 0;               // outputs a person, floats of an arena
   const float *scale = nullptr, *shift = nullptr;  // folded input norm, (persons, V, C)
   int64_t persons = 1;                             // 1: the same norm for every person
+  // 0: rows of pixels. Otherwise the arena holds `columns` arenas of `column` floats, offsets of steps (all but scratch) are into
+  // each of them, and a clip is cut into `strips` strips (fused_columns.inl).
+  int64_t columns = 0, column = 0, strips = 0, strip_frames = 0;
   int64_t num_steps = 0;
   const FusedStep* steps = nullptr;
   const float* absent = nullptr;  // features of a person that is nothing but zeros, (persons, features)

@@ -146,6 +146,10 @@ void fused_dg(const FusedStep& s, int64_t V, float* arena);           // fused_d
 void fused_ctr_inputs(const FusedStep& s, int64_t V, float* arena);   // fused_inputs.inl
 inline void fused_aa(const FusedStep& s, int64_t V, float* arena, Share share);  // fused_aa.inl
 
+#if VECTOR_BYTES == 64
+inline void column_step(const FusedNetwork& net, const FusedStep& s, float* arena, float* features, Share share);  // fused_columns.inl
+#endif
+
 // The normalised input of a person. False if it holds a NaN, which the ReLUs of the steps would turn into zeros.
 INLINE bool fused_input(const FusedNetwork& net, const float* x, const int64_t stride[3], int64_t person, float* arena) {
   const int64_t T = net.frames, V = net.joints, C = net.channels;
@@ -154,11 +158,13 @@ INLINE bool fused_input(const FusedNetwork& net, const float* x, const int64_t s
   bool number = true;
   for (int64_t c = 0; c < C; c++) {
     float* to = arena + net.input + c * net.input_ld;
+    for (int64_t k = 0; k < net.columns; k++) std::memset(to + k * net.column, 0, net.strip_frames * 16 * sizeof(float));
     for (int64_t t = 0; t < T; t++)
       for (int64_t v = 0; v < V; v++) {
         const float value = x[t * stride[0] + v * stride[1] + c * stride[2]];
+        const int64_t q = net.columns ? t / net.strip_frames * V + v : 0;
         number &= value == value;
-        to[t * V + v] = value * scale[v * C + c] + shift[v * C + c];
+        to[net.columns ? q / 16 * net.column + t % net.strip_frames * 16 + q % 16 : t * V + v] = value * scale[v * C + c] + shift[v * C + c];
       }
   }
   return number;
@@ -169,6 +175,9 @@ INLINE bool shareable(const FusedStep& s) { return s.kind != FusedStep::kPool &&
 
 inline void fused_step(const FusedNetwork& net, const FusedStep& s, float* arena, float* features, Share share) {
   const int64_t V = net.joints;
+#if VECTOR_BYTES == 64
+  if (net.columns) return column_step(net, s, arena, features, share);
+#endif
   if (s.kind == FusedStep::kGraph) fused_graph(s, V, ((const AdjacencyTable<float>*)net.tables)[&s - net.steps], arena, share);
   else if (s.kind == FusedStep::kConv) fused_conv(s, s.joints ? s.joints : V, arena, share);
   else if (s.kind == FusedStep::kSplit) fused_split(s, V, arena, share);

@@ -6,10 +6,12 @@
 #include "transposed.inl"
 #include "temporal_columns.inl"
 #include "temporal_conv.inl"
+#include "pointwise_backward.inl"
 #include "adjacency.inl"
 #include "graph_conv.inl"
 #include "group_lasso.inl"
 #include "small_product.inl"
+#include "sample_graphs.inl"
 #include "dynamic_math.inl"
 #include "dynamic_aa.inl"
 #include "dynamic_ctr.inl"
@@ -19,6 +21,7 @@
 #include "pool.inl"
 #include "means.inl"
 #include "fused.inl"
+#include "fused_columns.inl"
 #include "fused_product.inl"
 #include "fused_branches.inl"
 #include "fused_ctr.inl"
@@ -29,10 +32,10 @@
 
 template <class S>
 constexpr Ops<S> ops() {
-  return {temporal_forward<S>, temporal_dx<S>, temporal_dw<S>, graph_forward<S>,
-          graph_dx<S>,         graph_dw<S>,    lasso_square<S>, lasso_gradient<S>,
-          aa_forward<S>,       aa_backward<S>, ctr_forward<S>, ctr_backward<S>, dg_forward<S>, dg_backward<S>,
-          norm_forward<S>,     norm_backward<S>,
-          attend_forward<S>,   attend_backward<S>, pool_forward<S>, pool_backward<S>,
+  return {temporal_forward<S>, temporal_dx<S>, temporal_dw<S>, pointwise_backward<S>, graph_forward<S>,
+          graph_dx<S>,         graph_dw<S>,    sample_graph_forward<S>, sample_graph_dx<S>,
+          sample_graph_dw<S>, sample_product<S>, sample_product_backward<S>, lasso_square<S>, lasso_gradient<S>,
+          aa_graphs<S>,        aa_graphs_backward<S>, ctr_forward<S>, ctr_backward<S>, dg_forward<S>, dg_backward<S>,
+          norm_forward<S>,     norm_backward<S>, attend_forward<S>,   attend_backward<S>, pool_forward<S>, pool_backward<S>,
           frame_mean<S>, total_of<S>, append_mean<S>, append_mean_backward<S>, spread_mean<S>, spread_mean_backward<S>};
 }

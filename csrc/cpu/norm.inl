@@ -31,9 +31,18 @@ INLINE void store_some(S* p, Vec<S> v, int64_t count) { std::memcpy(p, &v, count
 
 // Calls body(p, read, write) for every vector of a row of `pixels`; read(row) and write(row, v) end at the last pixel.
 template <class S, class F>
-INLINE void sweep_row(int64_t pixels, F body) {
+INLINE void sweep_row(int64_t pixels, F body, const S* aligned = nullptr) {
   constexpr int64_t L = lanes<S>;
   int64_t p = 0;
+  if (aligned) {
+    const int64_t head = min64(pixels, until_aligned(aligned));
+    if (head)
+      body([&](const S* row) __attribute__((always_inline)) { return load_some(row, head); },
+           [&](S* row, Vec<S> v) __attribute__((always_inline)) { store_some(row, v, head); });
+    for (p = head; p + L <= pixels; p += L)
+      body([&](const S* row) __attribute__((always_inline)) { return load(row + p); },
+           [&](S* row, Vec<S> v) __attribute__((always_inline)) { stream(row + p, v); });
+  }
   for (; p + L <= pixels; p += L)
     body([&](const S* row) __attribute__((always_inline)) { return load(row + p); },
          [&](S* row, Vec<S> v) __attribute__((always_inline)) { store(row + p, v); });
@@ -127,6 +136,7 @@ template <class S>
 void norm_forward(const NormShape& s, View<const S> x, View<const S> residual, const S* gamma, const S* beta, double eps,
                   bool open, bool relu, View<S> y, S* mean, S* rstd, S* variance, int threads) {
   const double total = (double)s.N * (double)s.P;
+  const bool streams = is_streamed<S>(s.N * s.C * s.P);
   parallel(s.C, threads, [&](int64_t c) {
     double m, square;
     channel_moments(s, x, c, m, square);
@@ -144,12 +154,13 @@ void norm_forward(const NormShape& s, View<const S> x, View<const S> residual, c
           if constexpr (decltype(with_residual)::value) v += read(add);
           if constexpr (decltype(with_relu)::value) v = rectify<S>(v);
           write(to, v);
-        });
+        }, streams ? to : nullptr);
       };
       if (!residual.data) open || relu ? sweep(Int<1>{}, Int<0>{}, Int<0>{}) : sweep(Int<0>{}, Int<0>{}, Int<0>{});
       else if (open) relu ? sweep(Int<1>{}, Int<1>{}, Int<1>{}) : sweep(Int<1>{}, Int<1>{}, Int<0>{});
       else relu ? sweep(Int<0>{}, Int<1>{}, Int<1>{}) : sweep(Int<0>{}, Int<1>{}, Int<0>{});
     }
+    end_stream();
   });
 }
 
@@ -160,6 +171,7 @@ template <class S>
 void norm_backward(const NormShape& s, View<const S> dy, View<const S> x, View<const S> y, const S* gamma, const S* beta,
                    const S* mean, const S* rstd, bool open, View<S> dx, View<S> dresidual, S* dgamma, S* dbeta, int threads) {
   const double total = (double)s.N * (double)s.P;
+  const bool streams = is_streamed<S>(s.N * s.C * s.P);
   auto run = [&](int64_t c, auto with_open, auto with_y) __attribute__((always_inline)) {
     constexpr bool OPEN = decltype(with_open)::value, Y = decltype(with_y)::value;
     const Affine<S> affine(gamma[c] * rstd[c], beta[c], mean[c]);
@@ -198,11 +210,12 @@ void norm_backward(const NormShape& s, View<const S> dy, View<const S> x, View<c
       sweep_row<S>(s.P, [&](auto read, auto write) __attribute__((always_inline)) {
         const Vec<S> in = read(from);
         write(to, affine.scale * ((gate(in, read(g)) - of_sum) - (in - affine.mean) * of_x));
-      });
+      }, streams ? to : nullptr);
     }
   };
   parallel(s.C, threads, [&](int64_t c) {
     if (y.data) open ? run(c, Int<1>{}, Int<1>{}) : run(c, Int<0>{}, Int<1>{});
     else open ? run(c, Int<1>{}, Int<0>{}) : run(c, Int<0>{}, Int<0>{});
+    end_stream();
   });
 }

@@ -32,6 +32,31 @@ INLINE void store(S* p, Vec<S> v) { *(typename Simd<S>::Loose*)p = v; }
 template <class S>
 INLINE Vec<S> splat(S s) { return s - Vec<S>{}; }  // exact, also for -0, and GCC makes it one broadcast
 
+// Streaming: a tensor past this many bytes is written around the caches. A line that is only written would be read first, and
+// what is written is evicted before anyone reads it. After the last `stream` of a task: `end_stream`.
+template <class S>
+INLINE bool is_streamed(int64_t elements) { return elements * (int64_t)sizeof(S) >= 4 << 20; }
+template <class S>
+INLINE void stream(S* p, Vec<S> v) {  // p aligned to a vector
+#if VECTOR_BYTES == 64
+  _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif VECTOR_BYTES == 32
+  _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#else
+  store(p, v);
+#endif
+}
+INLINE void end_stream() {
+#if VECTOR_BYTES > 16
+  _mm_sfence();
+#endif
+}
+// Elements from p up to the first vector that is aligned.
+template <class S>
+INLINE int64_t until_aligned(const S* p) {
+  return (int64_t)((VECTOR_BYTES - (uintptr_t)p % VECTOR_BYTES) % VECTOR_BYTES / sizeof(S));
+}
+
 // Keeps a loaded vector in a register: GCC otherwise folds the load into each of its uses, 24 loads instead of 3.
 #if defined(__x86_64__)
 #define KEEP(v) asm("" : "+v"(v))

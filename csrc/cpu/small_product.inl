@@ -120,7 +120,7 @@ struct Product {
   int64_t ldb, terms;
   S* out;
   int64_t ldo;
-  bool add;  // to what out holds; its rows must then be whole vectors
+  bool add;  // to what out holds
 };
 
 // 26, 24 or 12 sums; AVX2 and SSE2 have 16 registers for 12 of them.
@@ -133,7 +133,8 @@ __attribute__((noinline)) void product_tile(const Product<S>& p, int64_t last) {
   Vec<S> acc[R][N];
   if (p.add) {
     UNROLL for (int r = 0; r < R; r++)
-      UNROLL for (int i = 0; i < N; i++) acc[r][i] = load(p.out + r * p.ldo + i * lanes<S>);
+      UNROLL for (int i = 0; i < N; i++)
+        acc[r][i] = i < N - 1 ? load(p.out + r * p.ldo + i * lanes<S>) : load_first(p.out + r * p.ldo + i * lanes<S>, last);
   } else {
     UNROLL for (int r = 0; r < R; r++)
       UNROLL for (int i = 0; i < N; i++) acc[r][i] = Vec<S>{};
@@ -192,10 +193,10 @@ __attribute__((noinline)) void product(Product<S> p, int64_t rows, const Joints<
   }
 }
 
-// y[t, :] = sum over v of x[t, v] G[v, :]; y (T, V) contiguous.
+// y[t, :] (+)= sum over v of x[t, v] G[v, :]; y (T, V) contiguous.
 template <class S>
-INLINE void multiply(const Frames<S>& x, const S* graph, int64_t T, const Joints<S>& j, S* y) {
-  product<S>({x.data, x.frame, x.joint, graph, j.ld, j.V, y, j.V, false}, T, j, j.last);
+INLINE void multiply(const Frames<S>& x, const S* graph, int64_t T, const Joints<S>& j, S* y, bool add = false) {
+  product<S>({x.data, x.frame, x.joint, graph, j.ld, j.V, y, j.V, add}, T, j, j.last);
 }
 
 // map[w, :] (+)= sum over t of x[t, w] packed[t, :].

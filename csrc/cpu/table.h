@@ -89,26 +89,40 @@ struct Ops {
   void (*temporal_dx)(const TemporalShape&, const Pattern&, View<const S> dy, const S* values, S* dx, int threads);
   void (*temporal_dw)(const TemporalShape&, const Pattern&, View<const S> x, View<const S> dy, const Lasso<S>&, S* dw,
                       S* dbias, int threads);
+  // 1 x 1, stride 1: both gradients; the weights are those of the lasso, whose term is optional.
+  void (*pointwise_backward)(const TemporalShape&, const Pattern&, View<const S> x, View<const S> dy, const Lasso<S>&, S* dx,
+                             S* dw, S* dbias, int threads);
   void (*graph_forward)(int64_t N, int64_t T, const Pattern&, const Adjacency&, View<const S> x, const S* values,
                         const S* coef, const S* bias_map, S* y, int threads);
   void (*graph_dx)(int64_t N, int64_t T, const Pattern&, const Adjacency&, View<const S> x, View<const S> dy,
                    const S* values, const S* coef, S* dx, S* dcoef, int threads);
   void (*graph_dw)(int64_t N, int64_t T, const Pattern&, const Adjacency&, View<const S> x, View<const S> dy,
                    const S* coef, const Lasso<S>&, S* dw, S* dbias_map, int threads);
+  // The same with graphs (N, K, V, V), one of its own for every sample. dgraphs may be nullptr.
+  void (*sample_graph_forward)(const DynamicShape&, const Pattern&, View<const S> x, const S* values, const S* graphs,
+                               const S* bias_map, S* y, int threads);
+  void (*sample_graph_dx)(const DynamicShape&, const Pattern&, View<const S> x, View<const S> dy, const S* values,
+                          const S* graphs, S* dx, S* dgraphs, int threads);
+  void (*sample_graph_dw)(const DynamicShape&, const Pattern&, View<const S> x, View<const S> dy, const S* graphs,
+                          const Lasso<S>&, S* dw, S* dbias_map, int threads);
+  // y (N, C, T, V) = x times graphs (N, V, V).
+  void (*sample_product)(const DynamicShape&, View<const S> x, const S* graphs, S* y, int threads);
+  void (*sample_product_backward)(const DynamicShape&, View<const S> x, const S* graphs, View<const S> dy, S* dx, S* dgraphs,
+                                  int threads);
   double (*lasso_square)(int64_t O, int64_t I, int64_t K, const S* w, const int64_t stride[3], const uint8_t* kept);
   void (*lasso_gradient)(int64_t O, int64_t I, int64_t K, const S* w, const int64_t stride[3], const uint8_t* kept,
                          S scale, S* gradient);
 
-  // Small arguments (alpha, beta, A, weights) are contiguous, and so are channels of dx3. x1 and x2 of ctr are (N, R, V): stride[2] is not read; a pattern
-  // without row_ptr is a dense weight (C, R).
-  void (*aa_forward)(const DynamicShape&, View<const S> x, View<const S> a, View<const S> b, const S* alpha, const S* A, S* y,
-                     int threads);
-  void (*aa_backward)(const DynamicShape&, View<const S> x, View<const S> a, View<const S> b, const S* alpha, const S* A,
-                      View<const S> dy, S* dx, S* da, S* db, S* dalpha, S* dA, int threads);
-  void (*ctr_forward)(const DynamicShape&, const Pattern&, View<const S> x1, View<const S> x2, View<const S> x3,
+  // Small arguments (alpha, beta, A, weights) are contiguous, those of ctr's subsets one after the other. x12 is (N, K, 2, R, V);
+  // a pattern without row_ptr is a dense weight (C, R).
+  void (*aa_graphs)(const DynamicShape&, GroupView<const S> a, GroupView<const S> b, const S* alpha, const S* A, S* graphs,
+                    int threads);
+  void (*aa_graphs_backward)(const DynamicShape&, GroupView<const S> a, GroupView<const S> b, const S* alpha,
+                             const S* dgraphs, GroupView<S> da, GroupView<S> db, S* dalpha, S* dA, int threads);
+  void (*ctr_forward)(const DynamicShape&, const Pattern* of_subsets, GroupView<const S> x12, GroupView<const S> x3,
                       const S* weight, const S* bias, const S* alpha, const S* A, S* y, int threads);
-  void (*ctr_backward)(const DynamicShape&, const Pattern&, View<const S> x1, View<const S> x2, View<const S> x3,
-                       const S* weight, const S* bias, const S* alpha, const S* A, View<const S> dy, S* dx1, S* dx2, View<S> dx3,
+  void (*ctr_backward)(const DynamicShape&, const Pattern* of_subsets, GroupView<const S> x12, GroupView<const S> x3,
+                       const S* weight, const S* bias, const S* alpha, const S* A, View<const S> dy, S* dx12, S* dx3,
                        S* dweight, S* dbias, S* dalpha, S* dA, int threads);
   void (*dg_forward)(const DynamicShape&, GroupView<const S> x, View<const S> x1, View<const S> x2, const S* alpha,
                      const S* beta, const S* A, S* y, int threads);

@@ -99,6 +99,12 @@ void temporal_dx(const TemporalShape& s, const Pattern& p, View<const S> dy, con
       pack_rows(dy, n, g * p.bo, live_rows(p, g), s.T_out, s.V, first, frames, rows, ldy);
       scatter_row(panel, block_row(p, g, offset, values), live_rows(p, g), rows, ldy, frames * s.V);
     }
+    if (s.stride == 1 && a + plan.padding >= first && b + plan.padding - first <= plan.plane_frames) {  // one run
+      for (int64_t i = 0; i < p.I; i++)
+        std::memcpy(dx + ((n * p.I + i) * s.T + a) * s.V, panel + i * plan.ld + (a + plan.padding - first) * s.V,
+                    (b - a) * s.V * sizeof(S));
+      return;
+    }
     for (int64_t i = 0; i < p.I; i++)
       for (int64_t t = a; t < b; t++) {
         const int64_t padded = t + plan.padding - first * s.stride, q = padded % s.stride, at = padded / s.stride;

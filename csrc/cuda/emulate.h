@@ -223,6 +223,8 @@ inline unsigned lane() { return self->rank & 31; }
 struct DeviceGuard { explicit DeviceGuard(int) {} };
 
 template <class T> inline T atomicAdd(T* p, T v) { T old = *p; *p += v; return old; }
+inline int atomicOr(int* p, int v) { int old = *p; *p |= v; return old; }
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
 template <class T> inline T __ldg(const T* p) { return *p; }
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t select) {
     uint64_t both = uint64_t(high) << 32 | low;

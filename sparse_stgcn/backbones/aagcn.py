@@ -2,15 +2,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import attend
+from ..kernels import attend, share
 from ..kernels.dispatch import runs_natively
-from ..kernels.dynamic import aa_aggregate
-from ..layers import SparseConv2d, TemporalUnit, joined, normalise, unwatched
+from ..kernels.dynamic import aa_graph
+from ..layers import SparseConv2d, TemporalUnit, normalise, stacked, sum_over_graphs, unwatched
 from ..skeleton import Skeleton
 from .base import Backbone, graph_parameter, init_fan_out, shortcut
 
@@ -20,7 +21,7 @@ __all__ = ["AAGCN", "AdaptiveGraphUnit"]
 class AdaptiveGraphUnit(nn.Module):
     """ReLU(BN(sum over k of conv_d_k(x (A_k + alpha G_k(x)))) + down(x)), then attention.
 
-    G_k is a graph per sample from the embeddings conv_a_k and conv_b_k, see ``kernels.dynamic.aa_aggregate``.
+    G_k is a graph per sample from the embeddings conv_a_k and conv_b_k, see ``kernels.dynamic.aa_graph``.
     With ``attention`` the output is scaled by 1 + s for joints, then frames, then channels, each s a sigmoid.
     Shapes: (N, I, T, V) -> (N, O, T, V).
     """
@@ -60,13 +61,13 @@ class AdaptiveGraphUnit(nn.Module):
             nn.init.kaiming_normal_(self.fc1c.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = None
-        embedded = joined([*self.conv_a, *self.conv_b], x)
-        subsets = len(self.conv_d)
-        for a, b, conv_d, graph in zip(embedded[:subsets], embedded[subsets:], self.conv_d, self.A, strict=True):
-            part = conv_d(aa_aggregate(x, a, b, self.alpha, graph))
-            y = part if y is None else y + part
-        y = normalise(self.bn, y, self.down(x), relu=True)  # type: ignore[arg-type]  # there is a subset
+        convs: Any = (self.conv_a, self.conv_b, self.conv_d)
+        conv_a, conv_b, conv_d = map(list, convs)
+        x, for_graphs, for_shortcut = share(x, 3)
+        embedded = stacked([*conv_a, *conv_b], for_graphs)
+        graphs = aa_graph(embedded.unflatten(1, (2, len(conv_d), -1)), self.alpha, self.A)
+        y = sum_over_graphs(conv_d, x, graphs)
+        y = normalise(self.bn, y, self.down(for_shortcut), relu=True)
         return self._attend(y) if self.attention else y
 
     def _attend(self, y: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import share, total
-from ..kernels.dynamic import ctr_aggregate
-from ..layers import SparseConv2d, joined, normalise
+from ..kernels import share
+from ..kernels.ctr import ctr_aggregate_sum
+from ..layers import SparseConv2d, normalise, stacked
 from ..skeleton import Skeleton
 from .base import Backbone, graph_parameter, init_fan_out, shortcut
 from .multibranch import BranchedTemporal, MixedTemporal
@@ -19,7 +19,7 @@ _TEMPORAL = ("branched", "mixed")
 
 
 class ChannelGraph(nn.Module):
-    """One subset of CTR-GCN: a product with a graph per channel, see ``kernels.dynamic.ctr_aggregate``."""
+    """The convolutions of one subset of CTR-GCN, see ``kernels.ctr.ctr_aggregate_sum``."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -28,13 +28,6 @@ class ChannelGraph(nn.Module):
         self.conv2 = SparseConv2d(in_channels, rank)
         self.conv3 = SparseConv2d(in_channels, out_channels)
         self.conv4 = SparseConv2d(rank, out_channels)
-
-    def forward(self, x1: Tensor, x2: Tensor, x3: Tensor, alpha: Tensor, graph: Tensor) -> Tensor:
-        """conv1 and conv2 of the mean over time (N, R, 1, V), conv3 of x (N, O, T, V) -> (N, O, T, V)."""
-        values, pattern = self.conv4.values, self.conv4.pattern
-        weight = self.conv4.dense_weight()[:, :, 0, 0] if values is None else values
-        bias: Tensor = self.conv4.bias  # type: ignore[assignment]  # built with one
-        return ctr_aggregate(x1[:, :, 0], x2[:, :, 0], x3, weight, bias, alpha, graph, None if values is None else pattern)
 
 
 class ChannelGraphUnit(nn.Module):
@@ -54,13 +47,16 @@ class ChannelGraphUnit(nn.Module):
         nn.init.constant_(self.bn.weight, 1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        convs: Any = self.convs
-        x, again, mean = share(x, 2, mean=True)
-        embedded = joined([c for conv in convs for c in (conv.conv1, conv.conv2)], mean)
-        wide = joined([conv.conv3 for conv in convs], again)
-        y = total([conv(x1, x2, x3, self.alpha, graph)
-                   for conv, x1, x2, x3, graph in zip(convs, embedded[::2], embedded[1::2], wide, self.A, strict=True)])
-        return normalise(self.bn, y, self.down(x), relu=True)
+        convs: Any = list(self.convs)
+        x, for_shortcut, mean = share(x, 2, mean=True)
+        embedded = stacked([c for conv in convs for c in (conv.conv1, conv.conv2)], mean)
+        wide = stacked([conv.conv3 for conv in convs], x)
+        last = [conv.conv4 for conv in convs]
+        patterns = [conv.pattern for conv in last if conv.stage == "compact"]
+        weights = [conv.values if patterns else conv.dense_weight()[:, :, 0, 0] for conv in last]
+        y = ctr_aggregate_sum(embedded[:, :, 0].unflatten(1, (len(convs), 2, -1)), wide.unflatten(1, (len(convs), -1)), weights,
+                              [conv.bias for conv in last], self.alpha, self.A, patterns or None)
+        return normalise(self.bn, y, self.down(for_shortcut), relu=True)
 
 
 class CTRGCN(Backbone):

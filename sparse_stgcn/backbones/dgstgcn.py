@@ -36,17 +36,17 @@ class GroupGraphUnit(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, wide, mean = share(x, 2, mean=True)
+        x, for_shortcut, mean = share(x, 2, mean=True)
         grouped = lambda y: y.unflatten(1, (self.subsets, -1))
         y = dg_aggregate(
-            grouped(self.pre(wide)),
+            grouped(self.pre(x)),
             grouped(self.conv1(mean)[:, :, 0]),
             grouped(self.conv2(mean)[:, :, 0]),
             self.alpha[0],
             self.beta[0],
             self.A,
         )
-        return normalise(self.bn, self.post(y.flatten(1, 2)), self.down(x), relu=True)
+        return normalise(self.bn, self.post(y.flatten(1, 2)), self.down(for_shortcut), relu=True)
 
 
 class DGSTGCN(Backbone):

@@ -6,7 +6,7 @@ from .attend import attend
 from .dispatch import backends
 from .graph_conv import Support, graph_conv
 from .group_lasso import group_lasso, lasso_terms
-from .means import append_mean, share, spread_mean, total
+from .means import append_mean, share, spread_mean
 from .norm import norm
 from .pattern import BlockPattern
 from .pool import max_pool
@@ -14,4 +14,4 @@ from .split import spans, split
 from .temporal_conv import temporal_conv
 
 __all__ = ["BlockPattern", "Lasso", "Support", "append_mean", "attend", "backends", "graph_conv", "group_lasso", "lasso_terms",
-           "max_pool", "norm", "share", "spans", "split", "spread_mean", "temporal_conv", "total"]
+           "max_pool", "norm", "share", "spans", "split", "spread_mean", "temporal_conv"]

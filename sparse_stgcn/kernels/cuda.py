@@ -1,4 +1,6 @@
-"""The CUDA kernels (csrc/cuda): block-sparse temporal_conv, forward. Definition of correct: reference.py."""
+"""The CUDA kernels (csrc/cuda): temporal_conv and graph_conv, forward and gradients. Definition of correct: reference.py.
+
+Every function allocates its result and a workspace, and launches on torch's current stream."""
 
 from __future__ import annotations
 
@@ -36,19 +38,17 @@ def missing() -> str | None:
     return None
 
 
-def unsupported(dtype: torch.dtype, block: tuple[int, int]) -> str | None:
-    """Why no kernel takes this dtype and block shape, or None. A property of the pair alone."""
+def unsupported(dtype: torch.dtype) -> str | None:
+    """Why no kernel takes this dtype, or None."""
     if dtype not in _ARITHMETIC:
         return f"the CUDA kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    if block[0] not in (8, 16, 32):
-        return f"the CUDA kernels take blocks of 8, 16 or 32 output channels, not {block[0]}x{block[1]}"
     return None
 
 
 @lru_cache(maxsize=4096)
-def _launch(arithmetic: str, device: int, *sizes: int) -> Any:
-    """The launch of one shape: how its work is cut, and how much scratch space it takes."""
-    return module.TemporalConv(arithmetic, *sizes, _device(device))
+def _launch(op: str, product: str, arithmetic: str, device: int, *sizes: int) -> Any:
+    """The launch of one product of one shape: how its work is cut, and how much scratch space it takes."""
+    return getattr(module, op)(arithmetic, *sizes, _device(device), product)
 
 
 @lru_cache(maxsize=64)
@@ -89,37 +89,242 @@ def temporal_conv(
         (N, O, ceil(T / stride), V), contiguous, of the dtype of x. Sums are float32 and rounded once.
 
     Raises:
-        ValueError: no kernel takes this dtype, block or size.
+        ValueError: no kernel takes this dtype or size.
     """
-    (out_channels, in_channels, taps), (bo, bi) = shape, block
-    if reason_why_not := unsupported(x.dtype, block):
-        raise ValueError(f"Expected a pattern for which there is a CUDA kernel. Got: {reason_why_not}.")
     x = _planes(x)
     residual = None if residual is None else _planes(residual)
-    values = values.contiguous()
-    if values.data_ptr() % 16:
-        values = values.clone()
-    shift = None if bias is None else bias.float().contiguous()
-    scale = None if scale is None else scale.float().contiguous()
+    launch = _prepare("TemporalConv", "forward", x, shape, block, input, tf32, x.shape[2], stride, dilation)
+    y = x.new_empty((x.shape[0], shape[0], -(-x.shape[2] // stride), x.shape[3]))
+    shift, scale = _float(bias), _float(scale)
+    scratch, values = _scratch(launch, x), values.contiguous()
+    launch.forward(
+        _plane(x), values.data_ptr(), _index(row_ptr, input, tap), _address(scale), _address(shift),
+        _plane(residual), relu, y.data_ptr(), scratch.data_ptr(), _stream(x),
+    )  # fmt: skip
+    return y
+
+
+def temporal_conv_input_gradient(
+    dy: Tensor,
+    values: Tensor,
+    t_ptr: Tensor,
+    t_perm: Tensor,
+    t_row: Tensor,
+    tap: Tensor,
+    shape: tuple[int, int, int],
+    block: tuple[int, int],
+    stride: int,
+    dilation: int,
+    frames: int,
+    *,
+    tf32: bool | None = None,
+) -> Tensor:
+    """dx (N, I, frames, V) of dy (N, O, To, V); t_ptr, t_perm, t_row: the pattern's transposed index.
+
+    Raises:
+        ValueError: no kernel takes this dtype or size.
+    """
+    dy = _planes(dy)
+    launch = _prepare("TemporalConv", "input_gradient", dy, shape, block, tap, tf32, frames, stride, dilation)
+    dx = dy.new_empty((dy.shape[0], shape[1], frames, dy.shape[3]))
+    scratch, values = _scratch(launch, dy), values.contiguous()
+    launch.input_gradient(
+        _plane(dy), values.data_ptr(), _index(None, None, tap, t_ptr, t_perm, t_row), dx.data_ptr(),
+        scratch.data_ptr(), _stream(dy),
+    )  # fmt: skip
+    return dx
+
+
+def temporal_conv_weight_gradient(
+    x: Tensor,
+    dy: Tensor,
+    values: Tensor,
+    masked: Tensor | None,
+    scale: Tensor | None,
+    row_ptr: Tensor,
+    input: Tensor,
+    tap: Tensor,
+    shape: tuple[int, int, int],
+    block: tuple[int, int],
+    stride: int,
+    dilation: int,
+    *,
+    tf32: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(dw (blocks, bi, bo), dbias (O,)) of x (N, I, T, V) and dy (N, O, To, V).
+
+    masked: bool (blocks,) or None; scale: 0-dim; adds scale * values to the gradient of the masked blocks.
+
+    Raises:
+        ValueError: no kernel takes this dtype or size.
+    """
+    x, dy = _planes(x), _planes(dy)
+    launch = _prepare("TemporalConv", "weight_gradient", x, shape, block, input, tf32, x.shape[2], stride, dilation)
+    dw = torch.empty((input.numel(), block[1], block[0]), dtype=x.dtype, device=x.device)
+    masked, scale = (None, None) if masked is None else (masked.contiguous(), _float(scale))
+    scratch, values = _scratch(launch, x), values.contiguous()
+    launch.weight_gradient(
+        _plane(x), _plane(dy), values.data_ptr(), _index(row_ptr, input, tap), _address(masked), _address(scale),
+        dw.data_ptr(), scratch.data_ptr(), _stream(x),
+    )  # fmt: skip
+    return dw, dy.sum((0, 2, 3), dtype=torch.float32).to(dy.dtype)
+
+
+def bias_map(adjacency: Tensor, bias: Tensor) -> Tensor:
+    """What biases (K, O) add to y through the graph: sum over k, v of b_k[o] A_k[v,w]; (O, V), or (N, O, V)."""
+    spec = {3: "ko,kvw->ow", 4: "ko,nkvw->now", 5: "ko,nkovw->now"}[adjacency.dim()]
+    return torch.einsum(spec, bias.float(), adjacency.float())
+
+
+def graph_conv(
+    x: Tensor,
+    values: Tensor,
+    adjacency: Tensor,
+    bias: Tensor | None,
+    row_ptr: Tensor,
+    input: Tensor,
+    tap: Tensor,
+    shape: tuple[int, int, int],
+    block: tuple[int, int],
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    tf32: bool | None = None,
+) -> Tensor:
+    """Y = act(scale[o] * sum over k, v of A_k[v,w] (b_k[o] + sum over live i of W_k[o,i] X[n,i,t,v]) + shift[o] + residual).
+
+    Args:
+        x: (N, I, T, V) of float32, bfloat16 or float16. Samples and channels may have any stride; a plane (T, V) that
+            is not contiguous is copied.
+        values: (blocks, bi, bo) of the dtype of x; the pattern's taps are the subsets.
+        adjacency: (K, V, V), per sample (N, K, V, V) or per channel (N, K, O, V, V), of the dtype of x, any strides.
+        bias: (K, O) or None. scale, shift: (O,) or None. residual: (N, O, T, V) or None.
+        row_ptr, input, tap: the pattern's index, on the device of x.
+        shape, block: (O, I, K), (bo, bi).
+        tf32: multiply float32 in TF32. None follows torch.get_float32_matmul_precision(): "highest" is IEEE float32.
+
+    Returns:
+        (N, O, T, V), contiguous, of the dtype of x. Sums are float32; in 16 bits what is between the two products, X A_k or
+        per channel W_k X, is rounded once, as is the result.
+
+    Raises:
+        ValueError: no kernel takes this dtype or size.
+    """
+    x = _planes(x)
+    residual = None if residual is None else _planes(residual)
+    launch = _prepare("GraphConv", "forward", x, shape, block, input, tf32, x.shape[2], adjacency.dim())
+    y = x.new_empty((x.shape[0], shape[0], *x.shape[2:]))
+    added = None if bias is None else bias_map(adjacency, bias).contiguous()
+    shift, scale, adjacency = _float(shift), _float(scale), adjacency.to(x.dtype)
+    scratch, values = _scratch(launch, x), values.contiguous()
+    launch.forward(
+        _plane(x), values.data_ptr(), _graph(adjacency), _index(row_ptr, input, tap), _address(added),
+        0 if added is None or added.dim() == 2 else added.stride(0), _address(scale), _address(shift), _plane(residual), relu,
+        y.data_ptr(), scratch.data_ptr(), _stream(x),
+    )  # fmt: skip
+    return y
+
+
+def graph_conv_input_gradient(
+    x: Tensor,
+    dy: Tensor,
+    values: Tensor,
+    adjacency: Tensor,
+    row_ptr: Tensor,
+    input: Tensor,
+    tap: Tensor,
+    t_ptr: Tensor,
+    t_perm: Tensor,
+    t_row: Tensor,
+    shape: tuple[int, int, int],
+    block: tuple[int, int],
+    *,
+    need_x: bool = True,
+    need_adjacency: bool = True,
+    tf32: bool | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx (N, I, T, V), dadjacency of the shape of the adjacency, without what comes through bias_map) of dy (N, O, T, V).
+
+    Raises:
+        ValueError: no kernel takes this dtype or size.
+    """
+    x, dy = _planes(x), _planes(dy)
+    launch = _prepare("GraphConv", "input_gradient", x, shape, block, input, tf32, x.shape[2], adjacency.dim())
+    adjacency = adjacency.to(x.dtype)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
+    dadjacency = torch.empty_like(adjacency, memory_format=torch.contiguous_format) if need_adjacency else None
+    scratch, values = _scratch(launch, x), values.contiguous()
+    launch.input_gradient(
+        _plane(x), _plane(dy), values.data_ptr(), _graph(adjacency), _index(row_ptr, input, tap, t_ptr, t_perm, t_row),
+        _address(dx), _address(dadjacency), scratch.data_ptr(), _stream(x),
+    )  # fmt: skip
+    return dx, dadjacency
+
+
+def graph_conv_weight_gradient(
+    x: Tensor,
+    dy: Tensor,
+    values: Tensor,
+    adjacency: Tensor,
+    masked: Tensor | None,
+    scale: Tensor | None,
+    row_ptr: Tensor,
+    input: Tensor,
+    tap: Tensor,
+    shape: tuple[int, int, int],
+    block: tuple[int, int],
+    *,
+    tf32: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(dw (blocks, bi, bo), the gradient of bias_map) of x (N, I, T, V) and dy (N, O, T, V).
+
+    masked: bool (blocks,) or None; scale: 0-dim; adds scale * values to the gradient of the masked blocks.
+
+    Raises:
+        ValueError: no kernel takes this dtype or size.
+    """
+    x, dy = _planes(x), _planes(dy)
+    launch = _prepare("GraphConv", "weight_gradient", x, shape, block, input, tf32, x.shape[2], adjacency.dim())
+    dw = torch.empty((input.numel(), block[1], block[0]), dtype=x.dtype, device=x.device)
+    masked, scale = (None, None) if masked is None else (masked.contiguous(), _float(scale))
+    scratch, values, adjacency = _scratch(launch, x), values.contiguous(), adjacency.to(x.dtype)
+    launch.weight_gradient(
+        _plane(x), _plane(dy), values.data_ptr(), _graph(adjacency), _index(row_ptr, input, tap), _address(masked),
+        _address(scale), dw.data_ptr(), scratch.data_ptr(), _stream(x),
+    )  # fmt: skip
+    return dw, dy.sum((0, 2) if adjacency.dim() == 3 else 2, dtype=torch.float32).to(dy.dtype)
+
+
+def _prepare(
+    op: str,
+    product: str,
+    x: Tensor,
+    shape: tuple[int, int, int],
+    block: tuple[int, int],
+    index: Tensor,
+    tf32: bool | None,
+    frames: int,
+    *more: int,
+) -> Any:
+    """The launch for a tensor of this dtype, batch and number of joints.
+
+    Raises:
+        ValueError: no kernel takes this dtype or size.
+    """
+    if why_not := unsupported(x.dtype):
+        raise ValueError(f"Expected a dtype for which there is a CUDA kernel. Got: {why_not}.")
     arithmetic = _ARITHMETIC[x.dtype]
     if arithmetic == "float32" and (tf32 or (tf32 is None and torch.get_float32_matmul_precision() != "highest")):
         arithmetic = "tf32"
-    batch, _, frames, vertices = x.shape
     launch = _launch(
-        arithmetic, x.device.index or 0, batch, in_channels, frames, vertices, out_channels, taps, bo, bi,
-        input.numel(), stride, dilation,
+        op, product, arithmetic, x.device.index or 0, x.shape[0], shape[1], frames, x.shape[3], shape[0], shape[2], *block,
+        index.numel(), *more,
     )  # fmt: skip
     if launch.reason:
         raise ValueError(f"Expected sizes for which there is a CUDA kernel. Got: {launch.reason}.")
-    y = x.new_empty((batch, out_channels, -(-frames // stride), vertices))
-    scratch = torch.empty(launch.scratch, dtype=torch.int32, device=x.device)
-    residual_strides = (0, 0) if residual is None else residual.stride()[:2]
-    launch.forward(
-        x.data_ptr(), *x.stride()[:2], values.data_ptr(), row_ptr.data_ptr(), input.data_ptr(), tap.data_ptr(),
-        _address(scale), _address(shift), _address(residual), *residual_strides, relu, y.data_ptr(), scratch.data_ptr(),
-        _stream(x),
-    )  # fmt: skip
-    return y
+    return launch
 
 
 def _planes(x: Tensor) -> Tensor:
@@ -127,6 +332,30 @@ def _planes(x: Tensor) -> Tensor:
     contiguous = x.stride(3) == 1 or x.shape[3] == 1
     contiguous = contiguous and (x.stride(2) == x.shape[3] or x.shape[2] == 1)
     return x if contiguous else x.contiguous()
+
+
+def _scratch(launch: Any, x: Tensor) -> Tensor:
+    return torch.empty(launch.scratch, dtype=torch.uint8, device=x.device)
+
+
+def _plane(x: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def _graph(adjacency: Tensor) -> tuple[int, ...]:
+    """Address of an adjacency and its strides of sample, subset, channel, from and to."""
+    *outer, to = adjacency.stride()
+    batch, subset, channel, source = {2: (0, outer[0], 0), 3: (*outer[:2], 0), 4: tuple(outer[:3])}[len(outer)] + (outer[-1],)
+    return adjacency.data_ptr(), batch, subset, channel, source, to
+
+
+def _index(*parts: Tensor | None) -> tuple[int, ...]:
+    """Addresses of row_ptr, input, tap, t_ptr, t_perm and t_row, 0 for those a product does not read."""
+    return tuple(_address(part) for part in parts) + (0,) * (6 - len(parts))
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:

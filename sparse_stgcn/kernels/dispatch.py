@@ -26,7 +26,7 @@ class Choice:
 
 def choose(op: str, device: str, dtype: torch.dtype, *, adjacency_dims: int = 3, forced: str | None = None,
            native_available: bool = True) -> Choice:
-    """The backend for ``op``: "temporal_conv", "graph_conv", "group_lasso", or one of dynamic.py's aggregations.
+    """The backend for ``op``: "temporal_conv", "graph_conv", "group_lasso", or an aggregation of dynamic.py or ctr.py.
 
     Raises:
         ValueError: ``forced`` (SPARSE_STGCN_BACKEND) is no backend, or cannot run the op on this device and dtype.
@@ -44,8 +44,8 @@ def choose(op: str, device: str, dtype: torch.dtype, *, adjacency_dims: int = 3,
         elif dtype not in (taken := (torch.float32, torch.float64) + ((torch.bfloat16,) if op in BFLOAT16_OPS else ())):
             names = [str(d).removeprefix("torch.") for d in (*taken, dtype)]
             why_not = f"the native {op} takes {', '.join(names[:-2])} and {names[-2]}, not {names[-1]}"
-        elif adjacency_dims != 3:
-            why_not = "the native graph_conv takes a shared adjacency (K, V, V)"
+        elif adjacency_dims not in (3, 4):
+            why_not = "the native graph_conv takes an adjacency (K, V, V) or (N, K, V, V)"
         if why_not is None and forced in (None, "native"):
             return Choice("native", f"CPU kernel ({_native.isa})")
         if why_not is None:

@@ -13,6 +13,7 @@ from . import _native, reference
 from ._library import LIBRARY, PATTERN_SCHEMA, Lasso, check_values, implement
 from .dispatch import backend_for
 from .pattern import BlockPattern
+from .sample_graph_conv import sample_graph_conv
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,7 @@ def _support(adjacency: Tensor, support: Tensor | Support | None) -> Support:
 
 
 def graph_conv(x: Tensor, values: Tensor, pattern: BlockPattern, adjacency: Tensor, bias: Tensor | None = None,
-               support: Tensor | Support | None = None, lasso: Lasso | None = None) -> Tensor:
+               support: Tensor | Support | None = None, lasso: Lasso | None = None, offset: Tensor | None = None) -> Tensor:
     """Block-sparse spatial graph convolution over K subsets of the skeleton graph.
 
     Y[n,o,t,w] = sum over k, v of A_k[v,w] (b_k[o] + sum over live (o,i,k) of W[o,i,k] X[n,i,t,v])
@@ -71,6 +72,7 @@ def graph_conv(x: Tensor, values: Tensor, pattern: BlockPattern, adjacency: Tens
         support: bool (K, V, V) of a shared adjacency: entries outside count as 0 and get gradient 0, and cost nothing.
             None: the non-zeros of a constant adjacency, every entry of a trainable one.
         lasso: as in temporal_conv.
+        offset: (O,) or None, added to Y as it is: a bias that does not pass through the graph.
 
     Returns:
         (N, O, T, V), contiguous. Stored for the backward pass: x, values and the adjacency; neither W_k X nor X A_k
@@ -94,20 +96,32 @@ def graph_conv(x: Tensor, values: Tensor, pattern: BlockPattern, adjacency: Tens
         raise ValueError(f"Expected support to be a bool tensor of adjacency's shape {tuple(adjacency.shape)}. "
                          f"Got {support.dtype} {tuple(support.shape)}.")
     check_values(x, values, pattern, bias, (subsets, out_channels))
+    if offset is not None and (tuple(offset.shape) != (out_channels,) or offset.dtype != x.dtype):
+        raise ValueError(f"Expected offset of shape ({out_channels},) and dtype {x.dtype}. "
+                         f"Got {tuple(offset.shape)}, {offset.dtype}.")
     if backend_for("graph_conv", x.device, x.dtype, adjacency.dim()) == "reference":
         if support is not None and adjacency.dim() == 3:
             adjacency = adjacency * (support if isinstance(support, Tensor) else _mask(support, adjacency))
-        return reference.graph_conv(x, lasso.wrap(values) if lasso else values, pattern, adjacency, bias)
+        y = reference.graph_conv(x, lasso.wrap(values) if lasso else values, pattern, adjacency, bias)
+        return y if offset is None else y + offset[:, None, None]
     # Gradients of what is small are float32 until the end too: they are rounded once.
     values, adjacency, bias = _native.wide(values), _native.wide(adjacency), None if bias is None else _native.wide(bias)
+    of_joints = None if offset is None else _native.wide(offset)[:, None].expand(out_channels, joints)
+    if adjacency.dim() == 4:
+        y = sample_graph_conv(x, values, pattern, adjacency, of_joints, lasso)
+        if bias is None:
+            return y
+        # A product and a sum, not a matrix product: BLAS may split its sum differently for other thread counts.
+        return y + (bias[:, :, None] * adjacency.sum(2)[:, :, None]).sum(1)[:, :, None].to(y.dtype)
     entries = _support(adjacency, support)
     coefficients = adjacency.reshape(-1)[entries.flat]
     bias_map = None
     if bias is not None:
         # B[o,w] = sum_k b_k[o] sum_v A_k[v,w]: the bias passes through the adjacency, so it differs from joint to joint.
         inside = adjacency.new_zeros(adjacency.numel()).index_put((entries.flat,), coefficients).view_as(adjacency)
-        # A product and a sum, not a matrix product: BLAS may split its sum differently for other thread counts.
         bias_map = (bias[:, :, None] * inside.sum(1)[:, None, :]).sum(0)
+    if of_joints is not None:
+        bias_map = of_joints if bias_map is None else bias_map + of_joints
     return _GraphConv.apply(x, values, coefficients, bias_map, pattern.row_ptr, pattern.input, pattern.tap, entries.ptr,
                             entries.source, pattern.shape, pattern.block, *(lasso or Lasso(None, None)))
 

@@ -17,7 +17,7 @@ from ._native import one_run, plane
 from .dispatch import runs_natively
 from .split import memory, place_of, spans
 
-__all__ = ["append_mean", "share", "spread_mean", "total"]
+__all__ = ["append_mean", "share", "spread_mean"]
 
 _ops = torch.ops.sparse_stgcn
 _MOST = 8  # tensors that are added in one sweep: max_parts of csrc/cpu/table.h
@@ -87,37 +87,11 @@ def spread_mean(xs: Sequence[Tensor], coef: Tensor) -> Tensor:
     return _SpreadMean.apply(coef, *xs)
 
 
-def total(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of up to 8 tensors (N, C, T, V) in one sweep.
-
-    Raises:
-        ValueError: there is no tensor or too many, or the shapes differ.
-    """
-    parts = list(parts)
-    if not 1 <= len(parts) <= _MOST or len({part.shape for part in parts}) > 1 or parts[0].dim() != 4:
-        raise ValueError(f"Expected 1 to {_MOST} parts of one shape (N, C, T, V). Got {[tuple(part.shape) for part in parts]}.")
-    if len({part.dtype for part in parts}) > 1 or not runs_natively("total", parts[0]):
-        return reference_units.total(parts)
-    return _Total.apply(*parts)
-
-
 def _check(x: Tensor, count: int) -> None:
     if x.dim() != 4:
         raise ValueError(f"Expected x of shape (N, C, T, V). Got {tuple(x.shape)}.")
     if not 1 <= count <= _MOST:
         raise ValueError(f"Expected count from 1 to {_MOST}. Got {count}.")
-
-
-class _Total(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *parts: Tensor) -> Tensor:
-        ctx.count = len(parts)
-        return _ops.total(parts, None)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-        return (dy,) * ctx.count
 
 
 class _Share(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """The aggregations of AA-GCN, CTR-GCN and DG-STGCN in plain PyTorch, any dtype and device: the definition of correct.
 
-The formulas are in dynamic.py. Graphs are made as whole tensors; those of ctr and dg again in the backward pass.
+The formulas are in dynamic.py and ctr.py. Graphs are made as whole tensors; those of ctr and dg again in the backward pass.
 """
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .pattern import BlockPattern
 
-__all__ = ["aa_aggregate", "ctr_aggregate", "dg_aggregate"]
+__all__ = ["aa_aggregate", "aa_graph", "ctr_aggregate", "dg_aggregate"]
 
 
 def aa_aggregate(x: Tensor, a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
@@ -21,6 +21,12 @@ def aa_aggregate(x: Tensor, a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> T
     similarity = torch.bmm(a.reshape(batch, rows, joints).transpose(1, 2), b.reshape(batch, rows, joints))
     graph = A + alpha * torch.tanh(similarity / rows)
     return torch.bmm(x.reshape(batch, channels * frames, joints), graph).view(x.shape)
+
+
+def aa_graph(embedded: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
+    """Stored for the backward pass: embedded and a map for each graph."""
+    rows = embedded.flatten(3, 4)  # (N, 2, K, R T, V)
+    return A + alpha * torch.tanh(rows[:, 0].mT @ rows[:, 1] / rows.shape[3])
 
 
 def ctr_aggregate(x1: Tensor, x2: Tensor, x3: Tensor, conv4_weight: Tensor, conv4_bias: Tensor, alpha: Tensor,

@@ -40,8 +40,3 @@ def spread_mean(xs: Sequence[Tensor], coef: Tensor) -> Tensor:
     """y[n,c,t,v] = x[n,c,t,v] + x[n,c,t,V] coef[v], x the channels of ``xs`` (N, C_i, T, V + 1) one after the other."""
     x = torch.cat(list(xs), 1)
     return x[..., :-1] + x[..., -1:] * coef
-
-
-def total(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of tensors of one shape."""
-    return sum(parts[1:], parts[0])

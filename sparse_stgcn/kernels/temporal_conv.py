@@ -64,13 +64,21 @@ class _TemporalConv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, values, *index, masked, scale = ctx.saved_tensors
         dx = dvalues = dbias = None
+        need_dw = ctx.needs_input_grad[1] or (ctx.bias and ctx.needs_input_grad[2])
+        if ctx.needs_input_grad[0] and need_dw and ctx.shape[2] == ctx.stride == 1 and ctx.block[0] >= _SCATTERED:
+            dx, dvalues, dbias = torch.ops.sparse_stgcn.pointwise_conv_backward(x, dy, values, masked, scale, *index, ctx.shape,
+                                                                                ctx.block)
+            return dx, dvalues, dbias if ctx.bias else None, *([None] * 9)
         if ctx.needs_input_grad[0]:
             dx = torch.ops.sparse_stgcn.temporal_conv_dx(dy, values, *index, ctx.shape, ctx.block, ctx.stride, ctx.dilation,
                                                          x.shape[2])
-        if ctx.needs_input_grad[1] or (ctx.bias and ctx.needs_input_grad[2]):
+        if need_dw:
             dvalues, dbias = torch.ops.sparse_stgcn.temporal_conv_dw(x, dy, values, masked, scale, *index, ctx.shape, ctx.block,
                                                                      ctx.stride, ctx.dilation)
         return dx, dvalues, dbias if ctx.bias else None, *([None] * 9)
+
+
+_SCATTERED = 4  # outputs of a block from which on dX is a scatter: it then shares its packed operand with dW
 
 
 def out_frames(frames: int, stride: int) -> int:
@@ -82,6 +90,8 @@ LIBRARY.define(f"temporal_conv(Tensor x, Tensor values, Tensor? bias, {PATTERN_S
 LIBRARY.define(f"temporal_conv_dx(Tensor dy, Tensor values, {PATTERN_SCHEMA}, int stride, int dilation, int frames) -> Tensor")
 LIBRARY.define(f"temporal_conv_dw(Tensor x, Tensor dy, Tensor values, Tensor? masked, Tensor? scale, {PATTERN_SCHEMA}, "
                "int stride, int dilation) -> (Tensor, Tensor)")
+LIBRARY.define(f"pointwise_conv_backward(Tensor x, Tensor dy, Tensor values, Tensor? masked, Tensor? scale, {PATTERN_SCHEMA}) "
+               "-> (Tensor, Tensor, Tensor)")
 
 
 def _fake_forward(x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, input: Tensor, tap: Tensor,
@@ -137,3 +147,22 @@ def _dw(x: Tensor, dy: Tensor, values: Tensor, masked: Tensor | None, scale: Ten
         dy.data_ptr(), dy.stride(), _native.address(masked), values.data_ptr(), 0.0 if scale is None else float(scale),
         dw.data_ptr(), dbias.data_ptr(), torch.get_num_threads())
     return dw, dbias
+
+
+def _fake_pointwise(x: Tensor, dy: Tensor, values: Tensor, masked: Tensor | None, scale: Tensor | None, row_ptr: Tensor,
+                    input: Tensor, tap: Tensor, shape: list[int], block: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), torch.empty_like(values, memory_format=torch.contiguous_format), values.new_empty(shape[0])
+
+
+@implement("pointwise_conv_backward", _fake_pointwise)
+def _pointwise(x: Tensor, dy: Tensor, values: Tensor, masked: Tensor | None, scale: Tensor | None, row_ptr: Tensor,
+               input: Tensor, tap: Tensor, shape: list[int], block: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    stored, x, dy = x.dtype, _native.wide(x), _native.wide(dy)
+    dx, dw, dbias = _fake_pointwise(x, dy, values, masked, scale, row_ptr, input, tap, shape, block)
+    values = values.contiguous()
+    _native.module.pointwise_backward(
+        x.dtype == torch.float64, [x.shape[0], x.shape[2], x.shape[2], x.shape[3], 1, 1],
+        _native.sizes(shape, block, values.shape[0]), _native.index(row_ptr, input, tap), x.data_ptr(), x.stride(),
+        dy.data_ptr(), dy.stride(), _native.address(masked), values.data_ptr(), 0.0 if scale is None else float(scale),
+        dx.data_ptr(), dw.data_ptr(), dbias.data_ptr(), torch.get_num_threads())
+    return dx.to(stored), dw, dbias

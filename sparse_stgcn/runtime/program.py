@@ -14,7 +14,7 @@ from ..kernels import BlockPattern, _native
 from ..layers import SparseConv2d
 from ..recognizer import Recognizer
 
-GRAPH, CONV, SPLIT, POOL = range(4)  # FusedStep::Kind
+GRAPH, CONV, SPLIT, POOL, BORDERS = range(5)  # FusedStep::Kind
 AA_GRAPH, AA_APPLY, ATTEND = range(8, 11)
 SLACK = 12 * 16  # floats that a tile may touch past the last pixel of a row
 
@@ -102,10 +102,19 @@ class Entries:
             getattr(made, name).append(np.broadcast_to(np.concatenate(getattr(self, name))[:, None], row.shape)[keep])
         return made
 
+    def paired(self) -> Entries:
+        """The same entries in blocks of two outputs, zeros where one of them has none."""
+        parts = self if self.bo == 1 else self.split()
+        row, offset, weight = np.concatenate(parts.row), np.concatenate(parts.offset), np.concatenate(parts.weight)[:, 0]
+        places, entry = np.unique(np.stack([row // 2, offset]), axis=1, return_inverse=True)
+        both = np.zeros((places.shape[1], 2), weight.dtype)
+        both[entry.reshape(-1), row % 2] = weight
+        return Entries(self.rows, 2, [places[0]], [], [], [both], [places[1]])
+
     def step(self) -> dict[str, Any]:
-        """The arrays of a step, sorted by block row, entries in their own order."""
+        """The arrays of a step, sorted by block row, then by place: taps of an input find its row in L1."""
         row, offset = np.concatenate(self.row), np.concatenate(self.offset)
-        order = np.argsort(row, kind="stable")
+        order = np.lexsort((offset, row))
         groups = -(-self.rows // self.bo)
         pointers = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=groups))])
         return {"rows": self.rows, "bo": self.bo, "row_ptr": pointers.astype(np.int32),
@@ -125,6 +134,7 @@ class Program(ABC):
     def __init__(self, model: Recognizer, frames: int) -> None:
         self.backbone, self.frames = model.backbone, frames
         self.joints = len(model.backbone.skeleton)
+        self.pixels, self.length = self.joints, frames  # of a frame and frames of a row, as X lies in the arena
         self.arena, self.peak = Arena(), 0
         self.steps: list[dict[str, Any]] = []
 
@@ -134,18 +144,30 @@ class Program(ABC):
         assert _native.module is not None
         joints, channels = self.joints, self.backbone.in_channels
         widths = [channels, *(self.width(block) for block in self.backbone.blocks)]
-        frames, longest = self.frames, row_length(self.frames * joints)
+        frames, longest = self.length, self.row_length(self.length * self.pixels)
         x = self.arena.take(max(widths[:-1]) * longest)  # of every block: input and output, in place
         source = (x, longest, frames)
         for block in self.backbone.blocks:
             source = self.block(block, source)
         features = widths[-1]
-        self.steps.append({"kind": POOL, "src": source[0], "src_ld": source[1], "src_frames": source[2], "rows": features})
+        self.pool({"src": source[0], "src_ld": source[1], "src_frames": source[2], "rows": features})
         gain, shift = fold(self.backbone.data_bn)
         persons = self.backbone.num_person or 1
-        sizes = {"joints": joints, "channels": channels, "frames": frames, "input": x, "input_ld": longest,
-                 "features": features, "arena": self.peak + SLACK, "persons": persons}
+        sizes = {"joints": joints, "channels": channels, "frames": self.frames, "input": x, "input_ld": longest,
+                 "features": features, "persons": persons, **self.arena_sizes()}
         return _native.module.Fused(sizes, gain.numpy(), shift.numpy(), self.steps)
+
+    def row_length(self, pixels: int) -> int:
+        """Floats between rows of so many pixels."""
+        return row_length(pixels)
+
+    def pool(self, source: dict[str, Any]) -> None:
+        """Append the step that makes the features of X."""
+        self.steps.append({"kind": POOL, **source})
+
+    def arena_sizes(self) -> dict[str, int]:
+        """The floats of an arena, known when all steps are."""
+        return {"arena": self.peak + SLACK}
 
     @abstractmethod
     def width(self, block: Block) -> int:

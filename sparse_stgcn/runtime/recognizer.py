@@ -16,6 +16,7 @@ from ..kernels import _native
 from ..recognizer import Head, Recognizer
 from .aagcn import AAGCNProgram
 from .choice import ENGINES, MEASURED_ABOVE, dense, density, fastest
+from .columns import ColumnProgram, takes_columns
 from .ctrgcn import CTRGCNProgram
 from .dgstgcn import DGSTGCNProgram
 from .program import Program
@@ -23,6 +24,11 @@ from .stgcn import STGCNProgram
 
 PROGRAMS: dict[type[nn.Module], type[Program]] = {
     STGCN: STGCNProgram, AAGCN: AAGCNProgram, CTRGCN: CTRGCNProgram, DGSTGCN: DGSTGCNProgram}
+
+
+def _program(model: Recognizer) -> type[Program]:
+    program = PROGRAMS[type(model.backbone)]
+    return ColumnProgram if program is STGCNProgram and takes_columns(model) else program
 
 
 class FusedRecognizer(nn.Module):
@@ -66,7 +72,7 @@ class FusedRecognizer(nn.Module):
         return self._programs.get(frames)
 
     def _make(self, name: str, frames: int) -> Any:
-        return dense(self.model, name) if name != "fused" else PROGRAMS[type(self.model.backbone)](self.model, frames).build()
+        return dense(self.model, name) if name != "fused" else _program(self.model)(self.model, frames).build()
 
     def _call(self, program: Any) -> Callable[[Tensor], Tensor]:
         return lambda keypoint: run([(program, self.model.cls_head)], keypoint)[0]

@@ -23,19 +23,19 @@ class STGCNProgram(Program):
         """The steps of one block, in place over X; returns X after it: (offset, row length, frames)."""
         x, ldx, frames = source
         unit, temporal = (getattr(block, name) for name in block.names)
-        conv, joints, stride = temporal.conv, self.joints, temporal.conv.stride
+        conv, pixels, stride = temporal.conv, self.pixels, temporal.conv.stride
         out = -(-frames // stride)
         reach = (conv.kernel_size - 1) * conv.dilation
         planes, padding = (stride if stride > 1 else 1), reach // 2
         channels, wide = conv.in_channels, self.inputs(unit)
         # H, between the two convolutions: padded frames in `planes` planes, so that every tap is one fixed offset.
         plane_frames = out + reach // stride
-        plane_ld = row_length(plane_frames * joints)
+        plane_ld = self.row_length(plane_frames * pixels)
         ldh = planes * plane_ld
         base = self.arena.size
         hidden = self.arena.take(channels * ldh)
         if planes > 1:
-            ldp = planes * row_length(out * joints)
+            ldp = planes * self.row_length(out * pixels)
             split = self.arena.take(wide * ldp)
             self.steps.append({"kind": SPLIT, "src": x, "src_ld": ldx, "src_frames": frames, "dst": split, "dst_ld": ldp,
                                "planes": planes, "plane_ld": ldp // planes, "frames": out, "rows": wide})
@@ -46,7 +46,7 @@ class STGCNProgram(Program):
         for q in range(planes):
             count = -(-(frames - q) // planes)
             lead = (q + padding) // stride
-            start = hidden + (q + padding) % stride * plane_ld + lead * joints
+            start = hidden + (q + padding) % stride * plane_ld + lead * pixels
             targets.append({"src": split + q * (ldp // planes), "src_ld": ldp, "dst": start, "dst_ld": ldh, "frames": count,
                             "lead": lead, "trail": plane_frames - lead - count})
         self.spatial(unit, source_rows, targets)
@@ -56,7 +56,7 @@ class STGCNProgram(Program):
         bias = shift if conv.bias is None else shift + conv.bias * gain
         merged = Entries.of(conv, gain)
         tap = merged.tap[0] * conv.dilation
-        merged.place(hidden + merged.input[0] * ldh + tap % stride * plane_ld + tap // stride * joints)
+        merged.place(hidden + merged.input[0] * ldh + tap % stride * plane_ld + tap // stride * pixels)
         step: dict[str, Any] = {"kind": CONV, "dst": x, "dst_ld": ldx, "frames": out, "relu": 1}
         if isinstance(block.residual, nn.Identity):
             step |= {"residual": x, "residual_ld": ldx}
@@ -83,6 +83,10 @@ class STGCNProgram(Program):
     def between(self, unit: nn.Module, hidden: dict[str, Any]) -> None:
         """Append steps over all frames of H, before the temporal convolution; none here."""
 
+    def grouped(self, entries: Entries, rows: int) -> Entries:
+        """The entries of a graph convolution over ``rows`` rows of Z, in the blocks that it runs in."""
+        return entries
+
     def _graph_step(self, unit: nn.Module) -> dict[str, Any]:
         """relu(BN(sum_k W_k X A_k + bias)), but for where it reads and writes."""
         conv, graph, joints = unit.conv, unit.graph(), self.joints
@@ -103,7 +107,7 @@ class STGCNProgram(Program):
         counts = torch.bincount(k * joints + w, minlength=subsets * joints)
         pointers = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return {
-            **entries.step(), "kind": GRAPH, "subsets": subsets, "tile": _TILE, "scratch_ld": scratch_ld, "zrows": len(made),
+            **self.grouped(entries, len(made)).step(), "kind": GRAPH, "subsets": subsets, "tile": _TILE, "scratch_ld": scratch_ld, "zrows": len(made),
             "relu": 1,
             "made_input": (made // subsets).astype(np.int32), "made_subset": (made % subsets).astype(np.int32),
             "ptr": pointers.int().numpy(), "source": v.int().numpy(), "coef": graph[k, v, w].contiguous().numpy(),

@@ -1,5 +1,9 @@
 // The CUDA module with every kernel executed on the CPU by csrc/cuda/emulate.h.
+#include "cuda/plan.cu"
 #include "cuda/temporal_conv.cu"
+#include "cuda/weight_gradient.cu"
+#include "cuda/adjacency.cu"
+#include "cuda/graph_conv.cu"
 #include "cuda/bindings.cpp"
 
 // The order of threads for the launches to come: 0 forward, 1 reversed, 2 shuffled.

@@ -7,22 +7,25 @@ not round to tf32.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from fused_conv_cases import AWKWARD, BRIEF, CASES, DTYPE, LAYOUTS, Case, check, make, zoo
+from fused_conv_cases import AWKWARD, BRIEF, CASES, DTYPE, LAYOUTS, Case, check, make, padded_with_nan, zoo
 
 from sparse_stgcn.kernels import BlockPattern
+from sparse_stgcn.kernels.triton.launch import is_wide
 from sparse_stgcn.kernels.triton.temporal_conv import temporal_conv
 
-EXTRA = [Case("(64, 64)", I=100, O=70, T=4, K=3, block=(64, 64), density=0.7), Case("600 vertices", V=600, T=2, I=2)]
+EXTRA = [
+    Case("(64, 64)", I=100, O=70, T=4, K=3, block=(64, 64), density=0.7),
+    Case("600 vertices", V=600, T=2, I=2),
+    Case("(1, 1)", O=21, T=5, block=(1, 1), density=0.05, residual=True, relu=True),
+    Case("(4, 1)", O=21, T=5, block=(4, 1)),
+    Case("(4, 4), stride 2", I=11, O=21, T=5, stride=2, block=(4, 4)),
+    Case("(3, 5)", I=11, O=14, T=5, block=(3, 5)),
+]
 ARITHMETIC = ["float32", "float16"]
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_new_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.use_deterministic_algorithms(True)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
@@ -61,7 +64,23 @@ def test_nan_in_a_channel_that_no_block_reads() -> None:
     check(problem, problem.run(temporal_conv, "float32", x=x), "float32")
 
 
-def test_block_shapes_without_a_kernel_are_refused() -> None:
-    problem = make(Case("block of four", block=(4, 1)), torch.float32)
-    with pytest.raises(ValueError, match="8, 16, 32 or 64 output channels, not 4x1"):
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("case", AWKWARD, ids=lambda c: c.name)
+def test_wide_frames(case: Case, arithmetic: str, frames: str) -> None:
+    problem = make(case, DTYPE[arithmetic])
+    check(problem, problem.run(temporal_conv, arithmetic), arithmetic)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("case", AWKWARD, ids=lambda c: c.name)
+def test_wide_frames_with_nan_behind_each(case: Case, arithmetic: str) -> None:
+    problem = make(case, DTYPE[arithmetic])
+    x = padded_with_nan(problem.x)
+    assert is_wide(x, clean=False)
+    check(problem, problem.run(partial(temporal_conv, padded=True), arithmetic, x=x), arithmetic)
+
+
+def test_float64_is_refused() -> None:
+    problem = make(CASES[0], torch.float64)
+    with pytest.raises(ValueError, match="float32, bfloat16 and float16, not float64"):
         problem.run(temporal_conv, "float32")

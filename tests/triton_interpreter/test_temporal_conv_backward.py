@@ -21,7 +21,13 @@ CASES = [
         "stride 2, T odd": 7, "stride 3, dilation 2": 5, "1x1": 7, "ragged I and O": 7, "(16, 1)": 5, "(32, 1)": 3,
         "(16, 16), ragged": 7, "(32, 32), stride 2": 5, "no block": 3, "no sample": 25,
     }.items()
-] + [Case("(64, 64)", I=100, O=70, T=4, V=5, K=3, block=(64, 64), density=0.7)]  # fmt: skip
+] + [
+    Case("(64, 64)", I=100, O=70, T=4, V=5, K=3, block=(64, 64), density=0.7),
+    Case("(1, 1)", O=21, T=5, V=7, block=(1, 1), density=0.05),
+    Case("(4, 1), stride 2", O=21, T=5, V=7, stride=2, block=(4, 1)),
+    Case("(4, 4)", I=11, O=21, T=5, V=7, block=(4, 4)),
+    Case("(3, 5)", I=11, O=14, T=5, V=7, block=(3, 5)),
+]
 
 
 def gradients(problem: Problem, dy: Tensor, absolute: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,8 +52,9 @@ def make_dy(case: Case, dtype: torch.dtype, integers: bool = False) -> Tensor:
 def run(problem: Problem, x: Tensor, dy: Tensor, masked: Tensor | None = None, scale: Tensor | None = None) -> list[Tensor]:
     case, p = problem.case, problem.pattern
     common = (p.shape, p.block, case.stride, case.dilation)
-    dx = temporal_conv_dx(dy, problem.values, p.t_ptr, p.t_perm, p.t_row, p.tap, *common, case.T)
-    dw, dbias = temporal_conv_dw(x, dy, problem.values, masked, scale, p.row_ptr, p.input, p.tap, *common)
+    index = (p.row_ptr, p.input, p.tap)
+    dx = temporal_conv_dx(dy, problem.values, *index, *common, case.T)
+    dw, dbias = temporal_conv_dw(x, dy, problem.values, masked, scale, *index, *common)
     return [dx, dw, dbias]
 
 
@@ -58,12 +65,6 @@ def check(problem: Problem, dy: Tensor, actual: list[Tensor], arithmetic: str) -
         bound = 8 * 2.0**-24 * size + STORE_EPS[arithmetic] * want.abs() + (2.0**-25 if arithmetic == "float16" else 1e-30)
         error = (got.double() - want).abs()
         assert (error <= bound).all(), f"{name}: largest error / bound {(error / bound).nan_to_num(9e9).max():.3g}"
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_new_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.use_deterministic_algorithms(True)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,19 @@ def test_the_lasso_term_is_added_once_to_masked_blocks() -> None:
     assert torch.equal(with_lasso, plain + 0.5 * problem.values * masked[:, None, None])
 
 
-def test_blocks_of_a_few_input_channels_are_refused() -> None:
-    problem = make(Case("four inputs", block=(8, 4)), torch.float32)
-    with pytest.raises(ValueError, match="1, 8, 16, 32 or 64 input channels, not 8x4"):
-        run(problem, problem.x, make_dy(problem.case, torch.float32))
+@pytest.mark.parametrize("case", [replace(case, V=7) for case in AWKWARD], ids=lambda c: c.name)
+def test_wide_frames(case: Case, frames: str) -> None:
+    problem = make(case, torch.float32, integers=True)
+    dy = make_dy(case, torch.float32, integers=True)
+    for got, want in zip(run(problem, problem.x, dy), gradients(problem, dy), strict=True):
+        assert torch.equal(got, want.float())
+
+
+def test_dx_adds_a_residual_and_passes_a_relu_back() -> None:
+    case = replace(CASES[0], N=2)
+    problem = make(case, torch.float32, integers=True)
+    p, dy = problem.pattern, make_dy(case, torch.float32, integers=True)
+    arguments = (dy, problem.values, p.row_ptr, p.input, p.tap, p.shape, p.block, case.stride, case.dilation, case.T)
+    plain = temporal_conv_dx(*arguments)
+    residual = torch.arange(plain.numel()).remainder(7).view_as(plain).float()
+    assert torch.equal(temporal_conv_dx(*arguments, residual=residual, gate=problem.x), (plain + residual) * (problem.x > 0))

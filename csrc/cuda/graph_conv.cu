@@ -1,0 +1,176 @@
+// Block-sparse spatial graph convolution: forward, and the gradients of its input, its adjacency and its weights.
+//
+//   y[n,o,t,w] = act( scale[o] * ( sum over live (o,i,k), v of w[o,i,k] x[n,i,t,v] A_k[v,w] + map[o,w] )
+//                     + shift[o] + residual[n,o,t,w] )        x (N,I,T,V), y (N,O,T,V), A (K,V,V), also per sample n and channel o
+//
+// Forward with an adjacency that all channels share is one pass: z_k = x A_k is made in shared memory, and the weights gather
+// from it (gather_kernel.h, adjacency_panel.h). The others are two passes with one tensor between them, K times as many
+// channels as x or y, stored as the input is:
+//
+//   per channel, forward   h_k = W_k x             then y = sum over k of h_k A_k
+//   dx, dA                 dz_k = W_k' dy          then dx = sum over k of dz_k A_k', dA_k = sum of x' dz_k
+//   dx, dA, per channel    dh_k = dy A_k'          then dx = sum over k of W_k' dh_k; dA_k = sum of h_k' dy
+//   dw                     z_k = x A_k             then dw_k = dy z_k'      (per channel: dh_k x')
+// Reference: sparse_stgcn/kernels/reference.py and its autograd.
+#include "adjacency.h"
+#include "gather_kernel.h"
+#include "weight_gradient.h"
+
+namespace sparse_stgcn::cuda {
+namespace {
+
+Gather gather_of(const GraphConv& op, Rule rule, bool transposed) {
+    const Pattern& p = op.pattern;
+    Gather g{};
+    g.arithmetic = op.arithmetic, g.rule = rule, g.N = op.N, g.V = op.V, g.K = p.K;
+    g.sources = transposed ? p.O : p.I, g.targets = transposed ? p.I : p.O;
+    g.sb = transposed ? p.bo : p.bi, g.tb = transposed ? p.bi : p.bo, g.blocks = p.blocks;
+    g.source_frames = g.frames = g.out_frames = op.T, g.stride = g.dilation = 1;
+    g.phases = rule == Rule::split ? p.K : 1, g.out_channels = g.phases * g.targets;
+    g.ptr = transposed ? p.t_ptr : p.row_ptr, g.perm = transposed ? p.t_perm : nullptr;
+    g.source = transposed ? p.t_row : p.input, g.tap = p.tap;
+    return g;
+}
+Gather forward_of(const GraphConv& op) { return gather_of(op, op.per_channel ? Rule::split : Rule::adjacency, false); }
+Gather input_gradient_of(const GraphConv& op) { return gather_of(op, op.per_channel ? Rule::stack : Rule::split, true); }
+Gather weight_gradient_of(const GraphConv& op) { return gather_of(op, op.per_channel ? Rule::split : Rule::stack, false); }
+Gather hidden_of(const GraphConv& op) { return gather_of(op, Rule::split, false); }    // h_k, for dA per channel
+
+int64_t plane_bytes(const GraphConv& op, int channels) {                // of a tensor between two passes
+    return (int64_t(op.N) * op.pattern.K * channels * op.T * op.V * unit(op.arithmetic).element + 15) / 16 * 16;
+}
+Planes between(const GraphConv& op, const void* data, int channels) {
+    const int64_t plane = int64_t(op.T) * op.V;
+    return {data, op.pattern.K * channels * plane, plane};
+}
+int64_t bytes_of_plan(const Gather& g, int chunks) { return plan_bytes(g, chunks, unit(g.arithmetic).step, false); }
+
+Adjacency transposed(Adjacency a) {
+    const int64_t from = a.from;
+    a.from = a.to, a.to = from;
+    return a;
+}
+Mix mix_of(const GraphConv& op, bool expand, int channels, Planes x, const Adjacency& adjacency, void* y) {
+    return {op.arithmetic, expand, op.N, channels, op.pattern.K, op.T, op.V, x, adjacency, {}, y};
+}
+Outer outer_of(const GraphConv& op) {
+    Outer o{};
+    o.arithmetic = op.arithmetic, o.per_sample = op.per_sample || op.per_channel, o.per_channel = o.split_x = op.per_channel;
+    o.N = op.N, o.C = op.per_channel ? op.pattern.O : op.pattern.I, o.K = op.pattern.K, o.T = op.T, o.V = op.V;
+    return o;
+}
+bool empty(const GraphConv& op) { return op.N == 0 || op.T == 0; }
+const char* misaligned(const void* scratch) {
+    return reinterpret_cast<uintptr_t>(scratch) % 16 ? "the scratch must be aligned to 16 bytes" : nullptr;
+}
+
+}  // namespace
+
+Tile graph_conv_tile(const GraphConv& op, const Device& device) { return choose_tile(forward_of(op), device); }
+
+int64_t graph_conv_scratch(const GraphConv& op, const Tile& tile) {
+    return bytes_of_plan(forward_of(op), tile.chunks) + (op.per_channel ? plane_bytes(op, op.pattern.O) : 0);
+}
+
+const char* graph_conv_forward(const GraphConv& op, const Tile& tile, const Device& device, Planes x, const void* values,
+                               Adjacency adjacency, const Epilogue& epilogue, void* y, void* scratch, void* stream) {
+    DeviceGuard guard(device.index);
+    Gather g = forward_of(op);
+    g.x = x, g.values = values;
+    if (!op.per_channel) {
+        g.epilogue = epilogue, g.y = y;
+        return run_gather<true>(g, adjacency, tile, scratch, stream);
+    }
+    g.y = static_cast<char*>(scratch) + bytes_of_plan(g, tile.chunks);
+    if (const char* error = gather(g, tile, scratch, stream)) return error;
+    Mix m = mix_of(op, false, op.pattern.O, between(op, g.y, op.pattern.O), adjacency, y);
+    m.epilogue = epilogue;
+    return empty(op) ? nullptr : mix_joints(m, stream);
+}
+
+Tile graph_conv_input_gradient_tile(const GraphConv& op, const Device& device) {
+    Tile tile = choose_tile(input_gradient_of(op), device);
+    if (op.V > MAX_JOINTS) tile.reason = "the gradient of the adjacency takes up to 64 vertices";
+    if (op.per_channel && !tile.reason) tile.reason = choose_tile(hidden_of(op), device).reason;
+    tile.splits = outer_splits(outer_of(op), device);
+    return tile;
+}
+
+int64_t graph_conv_input_gradient_scratch(const GraphConv& op, const Tile& tile) {
+    Outer o = outer_of(op);
+    o.splits = tile.splits;
+    int64_t bytes = bytes_of_plan(input_gradient_of(op), tile.chunks) + plane_bytes(op, o.C) + outer_bytes(o);
+    if (op.per_channel) bytes += bytes_of_plan(hidden_of(op), MAX_CHUNKS) + plane_bytes(op, o.C);
+    return bytes;
+}
+
+const char* graph_conv_input_gradient(const GraphConv& op, const Tile& tile, const Device& device, Planes x, Planes dy,
+                                      const void* values, Adjacency adjacency, void* dx, void* dadjacency, void* scratch,
+                                      void* stream) {
+    DeviceGuard guard(device.index);
+    if (tile.reason) return tile.reason;
+    if (const char* error = misaligned(scratch)) return error;
+    const Adjacency back = transposed(adjacency);
+    char* p = static_cast<char*>(scratch);
+    auto take = [&](int64_t bytes) {
+        char* here = p;
+        p += bytes;
+        return here;
+    };
+    Gather g = input_gradient_of(op);
+    g.values = values;
+    Outer o = outer_of(op);
+    o.splits = tile.splits;
+    void* plan = take(bytes_of_plan(g, tile.chunks));
+    void* first = take(plane_bytes(op, o.C));                           // dz, or per channel dh
+    const char* error = nullptr;
+    if (op.per_channel) {
+        if (dx && !empty(op)) error = mix_joints(mix_of(op, true, o.C, dy, back, first), stream);
+        g.x = between(op, first, o.C), g.y = dx;
+        if (dx && !error) error = gather(g, tile, plan, stream);
+        if (error || !dadjacency) return error;
+        Gather h = hidden_of(op);
+        const Tile cut = choose_tile(h, device);
+        h.x = x, h.values = values;
+        void* plan_of_h = take(bytes_of_plan(h, MAX_CHUNKS));
+        h.y = take(plane_bytes(op, o.C));
+        if ((error = gather(h, cut, plan_of_h, stream))) return error;
+        o.x = between(op, h.y, o.C), o.d = dy;
+    } else {
+        g.x = dy, g.y = first;
+        if ((error = gather(g, tile, plan, stream))) return error;
+        if (dx && !empty(op)) error = mix_joints(mix_of(op, false, o.C, between(op, first, o.C), back, dx), stream);
+        if (error || !dadjacency) return error;
+        o.x = x, o.d = between(op, first, o.C);
+    }
+    o.da = dadjacency, o.scratch = p;
+    return outer_joints(o, stream);
+}
+
+Tile graph_conv_weight_gradient_tile(const GraphConv& op, const Device& device) {
+    return choose_weight_tile(weight_gradient_of(op), device);
+}
+
+int64_t graph_conv_weight_gradient_scratch(const GraphConv& op, const Tile& tile) {
+    return weight_gradient_bytes(weight_gradient_of(op), tile) + plane_bytes(op, op.per_channel ? op.pattern.O : op.pattern.I);
+}
+
+const char* graph_conv_weight_gradient(const GraphConv& op, const Tile& tile, const Device& device, Planes x, Planes dy,
+                                       const void* values, Adjacency adjacency, Lasso lasso, void* dw, void* scratch,
+                                       void* stream) {
+    DeviceGuard guard(device.index);
+    if (tile.reason) return tile.reason;
+    if (const char* error = misaligned(scratch)) return error;
+    const int channels = op.per_channel ? op.pattern.O : op.pattern.I;
+    char* made = static_cast<char*>(scratch);                           // z, or per channel dh
+    if (!empty(op) && op.pattern.blocks)
+        if (const char* error = mix_joints(mix_of(op, true, channels, op.per_channel ? dy : x,
+                                                  op.per_channel ? transposed(adjacency) : adjacency, made), stream))
+            return error;
+    Gather g = weight_gradient_of(op);
+    g.x = op.per_channel ? x : between(op, made, channels), g.values = values;
+    return weight_gradient(g, tile, op.per_channel ? between(op, made, channels) : dy, lasso, dw,
+                           made + plane_bytes(op, channels), stream);
+}
+
+}  // namespace sparse_stgcn::cuda

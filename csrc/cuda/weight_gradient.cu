@@ -1,0 +1,324 @@
+// The gradient of live weights: a sum over all pixels, split over blocks of threads and added up in a fixed order.
+//
+//   dw[o,i,k] = sum over n,t,v of dy[n,o,t,v] x[n,i, t*stride + (k-halo)*dilation, v]   (+ scale * w of masked blocks)
+//
+//              pixels = K                  A block of 8 warps takes a share of the tiles (sample, frames) and a slice of the
+//           +-------------------+          groups of output channels. It stages x and dy of a tile; a warp then takes 16 slots
+//   slots   | rows of x, shifted|  x  dy   (input channel, tap) of a group at a time and adds the tile's pixels to their sums,
+//     = M   | by the tap        |   = N    which stay in the share's own partial result. The second pass adds the shares up, one
+//           +-------------------+          thread to a weight, in their order, and the group lasso's gradient once.
+//
+// Contract: float32 sums, in an order that depends on shapes, pattern and number of multiprocessors alone; no atomics;
+// pixels past the tile are cleared in registers on both sides, so that nothing strange is multiplied.
+#include "weight_gradient.h"
+
+#include "panel.h"
+
+namespace sparse_stgcn::cuda {
+namespace {
+
+constexpr int SLACK = 32;                                               // elements that may be read, not used, past a panel
+constexpr int64_t PARTIAL_BYTES = 64 << 20;                             // of all shares together, unless one is larger
+
+struct WeightArgs {
+    Rows x, dy;
+    const int2* slots;
+    const int* starts;
+    float* partial;
+    int64_t share, tiles;                                               // floats of one share; tiles in all
+    int sources, frames, V, stride, groups, groups_per_phase, targets, rows, first_frame;
+    Tile tile;
+};
+
+// A run of pixels side by side for one lane: 8 registers of two 16-bit values or one float; those past `valid` are zero.
+template <class T, bool UNIT>
+__device__ __forceinline__ void load_run(uint32_t (&w)[8], const T* panel, int row, int p, int pixels, int V, int stride) {
+    constexpr int PER = sizeof(T) == 2 ? 2 : 1, RUN = 8 * PER;
+    const int valid = pixels - p;
+    if constexpr (UNIT && PER == 2) {
+        const int start = valid > 0 ? row + p : row;                    // p is even
+        const uint32_t* word = reinterpret_cast<const uint32_t*>(panel) + (unsigned(start) >> 1);
+        const uint32_t select = 0x3210 + (start & 1) * 0x2222;
+        uint32_t all[9];
+#pragma unroll
+        for (int i = 0; i < 9; ++i) all[i] = word[i];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) w[i] = __byte_perm(all[i], all[i + 1], select);
+        if (valid < RUN)
+#pragma unroll
+            for (int i = 0; i < 8; ++i) w[i] = 2 * i >= valid ? 0 : 2 * i + 1 == valid ? w[i] & 0xffff : w[i];
+    } else {
+        int v = UNIT ? 0 : p % V, at = UNIT ? p : p + p / V * V * (stride - 1);
+        auto next = [&] {                                               // the element of this pixel, and on to the next
+            const int here = at;
+            at += !UNIT && ++v == V ? (v = 0, 1 + V * (stride - 1)) : 1;
+            return row + here;
+        };
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            if constexpr (PER == 2) {
+                const int first = next(), second = next();
+                w[i] = (2 * i < valid ? panel[first].bits : 0) | (2 * i + 1 < valid ? uint32_t(panel[second].bits) : 0) << 16;
+            } else {
+                const int here = next();
+                w[i] = i < valid ? to_tf32(panel[here]) : 0;
+            }
+    }
+}
+
+template <class E> struct OnMatrixUnit {                     // tf32, bfloat16, float16: 16 slots x EIGHTS * 8 rows
+    using T = E;
+    static constexpr int STEP = 16, BLOCKS = 2;
+
+    template <int EIGHTS, bool UNIT, class Row>
+    static __device__ __forceinline__ void task(float* sums, bool first, const Panel<T>& x, const int2* slots, const T* dy, Row row,
+                                                int pixels, const WeightArgs& a) {
+        constexpr int RUN = sizeof(T) == 2 ? 16 : 8;
+        const int lane = threadIdx.x % 32, quad = lane & 3, slot[2] = {x.row(slots[lane >> 2].x), x.row(slots[(lane >> 2) + 8].x)};
+        float sum[EIGHTS][4];
+        auto at = [&](int e, int i) { return sums + ((lane >> 2) + i * 8) * a.rows + e * 8 + 2 * quad; };
+#pragma unroll
+        for (int e = 0; e < EIGHTS; ++e)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[e][i] = first ? 0.f : at(e, i / 2)[i % 2];
+        int from[EIGHTS];
+#pragma unroll
+        for (int e = 0; e < EIGHTS; ++e) from[e] = row(e * 8 + (lane >> 2));
+#pragma unroll 1
+        for (int p = quad * RUN; p - quad * RUN < pixels; p += 4 * RUN) {
+            uint32_t f[2][8];
+            load_run<T, UNIT>(f[0], x.data, slot[0], p, pixels, a.V, a.stride);
+            load_run<T, UNIT>(f[1], x.data, slot[1], p, pixels, a.V, a.stride);
+#pragma unroll
+            for (int e = 0; e < EIGHTS; ++e) {
+                uint32_t g[8];
+                load_run<T, true>(g, dy, from[e], p, pixels, a.V, 1);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {                           // the order of pixels along K is ours
+                    const uint32_t m[4] = {f[0][2 * j], f[1][2 * j], f[0][2 * j + 1], f[1][2 * j + 1]}, b[2] = {g[2 * j], g[2 * j + 1]};
+                    mma(T{}, sum[e], m, b);
+                }
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < EIGHTS; ++e)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) at(e, i / 2)[i % 2] = sum[e][i];
+    }
+};
+
+// Add up 2 * HALF sums over the lanes: in every round a lane keeps one half of them and gives the other away, so that lane i
+// ends with sums 2 i and 2 i + 1.
+template <int HALF> __device__ __forceinline__ void over_lanes(float (&sum)[64], int lane) {
+    const bool upper = lane & HALF / 2;
+#pragma unroll
+    for (int i = 0; i < HALF; ++i) {
+        const float given = __shfl_xor_sync(~0u, upper ? sum[i] : sum[i + HALF], HALF / 2);
+        sum[i] = (upper ? sum[i + HALF] : sum[i]) + given;
+    }
+    if constexpr (HALF > 2) over_lanes<HALF / 2>(sum, lane);
+}
+
+struct InFloat32 {                                                      // IEEE: a lane owns pixels, 8 slots x 8 rows at a time
+    using T = float;
+    static constexpr int STEP = 8, BLOCKS = 1;                          // 64 sums a lane, and what they need: no room for two
+
+    template <int EIGHTS, bool UNIT, class Row>
+    static __device__ __forceinline__ void task(float* sums, bool first, const Panel<T>& x, const int2* slots, const T* dy, Row row,
+                                                int pixels, const WeightArgs& a) {
+        const int lane = threadIdx.x % 32;
+        float sum[64] = {};
+        int slot[8], from[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) slot[i] = x.row(__ldg(&slots[i].x)), from[i] = row(i);
+#pragma unroll 1
+        for (int p = lane; p < pixels; p += 32) {
+            const int at = UNIT ? p : p + p / a.V * a.V * (a.stride - 1);
+            float g[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) g[i] = dy[from[i] + p];
+#pragma unroll
+            for (int s = 0; s < 8; ++s) {
+                const float value = x.data[slot[s] + at];
+#pragma unroll
+                for (int i = 0; i < 8; ++i) sum[s * 8 + i] += value * g[i];
+            }
+        }
+        over_lanes<32>(sum, lane);
+        float* to = sums + lane / 4 * a.rows + lane % 4 * 2;            // sums 2 * lane and 2 * lane + 1 of slot, row
+        to[0] = first ? sum[0] : to[0] + sum[0], to[1] = first ? sum[1] : to[1] + sum[1];
+    }
+};
+
+template <class Math, int EIGHTS, bool UNIT>
+__global__ void __launch_bounds__(THREADS, Math::BLOCKS) weight_gradient_kernel(WeightArgs a) {
+    using T = typename Math::T;
+    SHARED_MEMORY(memory);
+    const int warp = threadIdx.x / 32, pitch = a.tile.pitch, dy_pitch = a.tile.row_pitch;
+    T* panel = reinterpret_cast<T*>(memory);
+    T* panel_dy = panel + (a.tile.zero_row + 1) * pitch + SLACK;
+    const int group0 = blockIdx.y * a.tile.groups_per_slice;
+    const int group_end = group0 + a.tile.groups_per_slice < a.groups ? group0 + a.tile.groups_per_slice : a.groups;
+    auto first_row = [&](int group) { return group / a.groups_per_phase * a.targets + group % a.groups_per_phase * a.rows; };
+    const int row0 = first_row(group0), row_last = first_row(group_end - 1);
+    const int in_phase = a.targets - (group_end - 1) % a.groups_per_phase * a.rows;
+    const int rows = row_last - row0 + (in_phase < a.rows ? in_phase : a.rows);
+    float* partial = a.partial + blockIdx.x * a.share;
+    const int64_t tile0 = blockIdx.x * a.tiles / gridDim.x, tile_end = (blockIdx.x + 1) * a.tiles / gridDim.x;
+    for (int64_t tile = tile0; tile < tile_end; ++tile) {
+        const int n = int(tile / a.tile.tiles), t0 = int(tile % a.tile.tiles) * a.tile.frames;
+        const int pixels = (t0 + a.tile.frames < a.frames ? a.tile.frames : a.frames - t0) * a.V;
+        const int64_t start_dy = a.dy.offset + n * a.dy.batch + row0 * a.dy.channel, origin_dy = start_dy + int64_t(t0) * a.V;
+        for (int chunk = 0; chunk < a.tile.chunks; ++chunk) {
+            const int c0 = chunk * a.tile.chunk_channels;
+            const int channels = c0 + a.tile.chunk_channels < a.sources ? a.tile.chunk_channels : a.sources - c0;
+            const int64_t start = a.x.offset + n * a.x.batch + c0 * a.x.channel;
+            const int64_t origin = start + int64_t(t0 * a.stride + a.first_frame) * a.V;
+            __syncthreads();
+            stage(panel, pitch, a.x, start, origin, channels);
+            if (chunk == 0) stage(panel_dy, dy_pitch, a.dy, start_dy, origin_dy, rows);
+            for (int i = threadIdx.x; i < pitch; i += THREADS) panel[a.tile.zero_row * pitch + i] = T{};
+            cp_async_wait_all();
+            clear_before(panel, pitch, a.x, start, origin, channels);
+            __syncthreads();
+            const Panel<T> x = {panel, int(origin & (Panel<T>::PIECE - 1))};
+            int turn = 0;                                               // the task that comes next; tasks are dealt to the warps
+            for (int group = group0; group < group_end; ++group) {
+                const int* starts = a.starts + group * (a.tile.chunks + 1) + chunk;
+                const int begin = __ldg(starts), tasks = (__ldg(starts + 1) - begin) / Math::STEP * (a.rows / (8 * EIGHTS));
+                for (int job = (warp - turn) & (WARPS - 1); job < tasks; job += WARPS) {
+                    const int o = job % (a.rows / (8 * EIGHTS)) * 8 * EIGHTS, s = begin + job / (a.rows / (8 * EIGHTS)) * Math::STEP;
+                    auto row = [&](int r) {                             // past the last row: a twin of it, whose sums nobody reads
+                        const int wanted = first_row(group) - row0 + o + r, c = wanted < rows ? wanted : rows - 1;
+                        return c * dy_pitch + int((origin_dy + c * a.dy.channel) & (Panel<T>::PIECE - 1));
+                    };
+                    Math::template task<EIGHTS, UNIT>(partial + int64_t(s) * a.rows + o, tile == tile0, x, a.slots + s, panel_dy, row,
+                                                      pixels, a);
+                }
+                turn += tasks;
+            }
+        }
+    }
+}
+
+struct SumArgs {
+    const float* partial;
+    const int* where;
+    const void* values;
+    const uint8_t* masked;
+    const float* scale;
+    void* dw;
+    int64_t share, count;
+    int shares, block_size;
+};
+// The second pass: a thread adds the shares of one weight in their order, and the lasso's gradient.
+template <class T> __global__ void __launch_bounds__(THREADS) sum_shares(SumArgs a) {
+    const int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x;
+    if (i >= a.count) return;
+    const int at = a.where[i];
+    float sum = 0.f;
+    if (at >= 0)                                                        // else past a ragged edge: stored, and always zero
+        for (int s = 0; s < a.shares; ++s) sum += a.partial[s * a.share + at];
+    if (a.masked && a.masked[i / a.block_size]) sum += *a.scale * to_float(static_cast<const T*>(a.values)[i]);
+    to_storage(static_cast<T*>(a.dw) + i, sum);
+}
+
+template <class Math, int EIGHTS> const char* launch(const WeightArgs& a, dim3 grid, void* stream) {
+    return a.stride == 1 ? LAUNCH((weight_gradient_kernel<Math, EIGHTS, true>), grid, THREADS, a.tile.bytes, stream, a)
+                         : LAUNCH((weight_gradient_kernel<Math, EIGHTS, false>), grid, THREADS, a.tile.bytes, stream, a);
+}
+template <class Math> const char* launch(const WeightArgs& a, dim3 grid, void* stream) {
+    return a.rows > 8 ? launch<Math, 2>(a, grid, stream) : launch<Math, 1>(a, grid, stream);
+}
+
+int step_of(const Gather& g) { return g.arithmetic == Arithmetic::float32 ? InFloat32::STEP : 16; }
+
+}  // namespace
+
+Tile choose_weight_tile(const Gather& g, const Device& device) {
+    const Unit u = unit(g.arithmetic);
+    const Reach far = reach(g);
+    const int groups = g.groups(), rows = g.source_rows(), run = u.element == 2 ? 64 : 32;
+    Tile best{};
+    best.reason = plan_limits(g) ? plan_limits(g) : "a tile of one frame does not fit into shared memory";
+    if (plan_limits(g)) return best;
+    double least = 0;
+    for (int frames = 1; frames <= g.frames && frames * g.V <= 1024 + g.V; ++frames) {
+        const int64_t staged = (int64_t(frames - 1) * g.stride + far.last - far.first + 1) * g.V;
+        if (staged * u.element > device.shared_per_block) break;
+        const int pitch = rounded(int(staged) + u.piece - 1, u.piece), dy_pitch = rounded(frames * g.V + u.piece - 1, u.piece);
+        const double steps = double(g.live_slots()) / 16 + groups, runs = (frames * g.V + run - 1) / run;
+        for (int slices = 1; slices <= groups; slices *= 2)
+            for (int chunks = 1, before = 0; chunks <= MAX_CHUNKS; ++chunks) {
+                const int chunk = (rows + chunks - 1) / chunks, per_slice = (groups + slices - 1) / slices;
+                if (chunk == before || (rows + chunk - 1) / chunk != chunks) continue;
+                before = chunk;
+                const int64_t elements = int64_t(chunk + 1) * pitch + int64_t(per_slice) * g.rows() * dy_pitch + 2 * SLACK;
+                const int64_t bytes = elements * u.element;
+                if (bytes > device.shared_per_block) continue;
+                const bool pair = u.step != 4 && 2 * (bytes + 1024) <= device.shared_per_multiprocessor;
+                const double copy = (double(rows) * pitch * slices + double(groups) * g.rows() * dy_pitch) * u.element / 24;
+                const double work = steps * (40 + runs * 60 * (g.rows() / 8)) / WARPS;
+                const double cost = (copy + work + double(slices) * chunks * 1500) * (pair ? 1 : 1.5) / frames;
+                if (best.frames && cost >= least) continue;
+                least = cost;
+                const int tiles = (g.frames + frames - 1) / frames, used = (groups + per_slice - 1) / per_slice;
+                const int64_t share = slot_count(g, chunks, step_of(g)) * g.rows() * 4, all = int64_t(g.N) * tiles;
+                int64_t splits = (2 * device.multiprocessors + used - 1) / used;
+                if (splits * share > PARTIAL_BYTES) splits = PARTIAL_BYTES / share ? PARTIAL_BYTES / share : 1;
+                best = Tile{nullptr, frames, tiles, chunk, chunks, pitch, chunk, 0, used, 0, per_slice, int(splits < all ? splits : all),
+                            dy_pitch, 0, bytes};
+            }
+    }
+    return best;
+}
+
+int64_t weight_gradient_bytes(const Gather& g, const Tile& tile) {
+    const int step = step_of(g);
+    return plan_bytes(g, tile.chunks, step, true) + tile.splits * slot_count(g, tile.chunks, step) * g.rows() * 4;
+}
+
+const char* weight_gradient(const Gather& g, const Tile& tile, Planes dy, Lasso lasso, void* dw, void* scratch, void* stream) {
+    const int step = step_of(g), element = unit(g.arithmetic).element;
+    if (tile.reason) return tile.reason;
+    if (reinterpret_cast<uintptr_t>(scratch) % 16) return "the scratch must be aligned to 16 bytes";
+    const int64_t count = int64_t(g.blocks) * g.sb * g.tb;
+    if (count == 0) return nullptr;
+    const Plan plan = place_plan(g, tile.chunks, step, true, scratch);
+    if (const char* error = make_plan(g, tile, step, plan, stream)) return error;
+    float* partial = reinterpret_cast<float*>(static_cast<char*>(scratch) + plan_bytes(g, tile.chunks, step, true));
+    const WeightArgs a{rows_of(g.x, element, g.source_frames, g.V), rows_of(dy, element, g.frames, g.V), plan.slots, plan.starts,
+                       partial, slot_count(g, tile.chunks, step) * g.rows(), int64_t(g.N) * tile.tiles, g.source_rows(), g.frames,
+                       g.V, g.stride, g.groups(), g.groups_per_phase(), g.targets, g.rows(), reach(g).first, tile};
+    const dim3 grid(unsigned(tile.splits), unsigned(tile.slices));
+    const char* error = nullptr;
+    if (a.tiles && g.V) switch (g.arithmetic) {
+        case Arithmetic::float32: error = launch<InFloat32, 1>(a, grid, stream); break;
+        case Arithmetic::tf32: error = launch<OnMatrixUnit<float>>(a, grid, stream); break;
+        case Arithmetic::bfloat16: error = launch<OnMatrixUnit<bf16>>(a, grid, stream); break;
+        case Arithmetic::float16: error = launch<OnMatrixUnit<f16>>(a, grid, stream); break;
+    }
+    if (error) return error;
+    const SumArgs s{partial, plan.where, g.values, lasso.masked, lasso.scale, dw, a.share, count,
+                    a.tiles && g.V ? tile.splits : 0, g.sb * g.tb};
+    const dim3 blocks(unsigned((count + THREADS - 1) / THREADS));
+    if (element == 4) return LAUNCH((sum_shares<float>), blocks, THREADS, 0, stream, s);
+    return g.arithmetic == Arithmetic::bfloat16 ? LAUNCH((sum_shares<bf16>), blocks, THREADS, 0, stream, s)
+                                                : LAUNCH((sum_shares<f16>), blocks, THREADS, 0, stream, s);
+}
+
+Tile temporal_conv_weight_gradient_tile(const TemporalConv& op, const Device& device) {
+    return choose_weight_tile(forward_of(op), device);
+}
+int64_t temporal_conv_weight_gradient_scratch(const TemporalConv& op, const Tile& tile) {
+    return weight_gradient_bytes(forward_of(op), tile);
+}
+const char* temporal_conv_weight_gradient(const TemporalConv& op, const Tile& tile, const Device& device, Planes x, Planes dy,
+                                          const void* values, Lasso lasso, void* dw, void* scratch, void* stream) {
+    DeviceGuard guard(device.index);
+    Gather g = forward_of(op);
+    g.x = x, g.values = values;
+    return weight_gradient(g, tile, dy, lasso, dw, scratch, stream);
+}
+
+}  // namespace sparse_stgcn::cuda

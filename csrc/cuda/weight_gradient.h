@@ -1,0 +1,12 @@
+// The gradient of the weights: of temporal_conv and, with rows made by the adjacency, of graph_conv.
+#pragma once
+#include "gather.h"
+
+namespace sparse_stgcn::cuda {
+
+// g: the forward pass as a gather, g.x its source; dy (N, phases * targets, frames, V).
+Tile choose_weight_tile(const Gather& g, const Device& device);
+int64_t weight_gradient_bytes(const Gather& g, const Tile& tile);
+const char* weight_gradient(const Gather& g, const Tile& tile, Planes dy, Lasso lasso, void* dw, void* scratch, void* stream);
+
+}  // namespace sparse_stgcn::cuda
