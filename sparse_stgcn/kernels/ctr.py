@@ -61,7 +61,7 @@ def ctr_aggregate_sum(embedded: Tensor, wide: Tensor, conv4_weights: Sequence[Te
         conv4_biases: of each subset b4 (C,).
         alpha: one number.
         A: (K, V, V), the same for all samples and channels.
-        conv4_patterns: of shape (C, R, 1) and one block size.
+        conv4_patterns: of shape (C, R, 1); subsets of different block sizes run one by one.
 
     Returns:
         (N, C, T, V), contiguous.
@@ -71,7 +71,7 @@ def ctr_aggregate_sum(embedded: Tensor, wide: Tensor, conv4_weights: Sequence[Te
     graphs (N, C, V, V) of a subset exist during either pass.
 
     Raises:
-        ValueError: a shape does not fit, or the block sizes differ.
+        ValueError: a shape does not fit.
     """
     if wide.dim() != 5 or embedded.dim() != 5 or embedded.shape[2] != 2 or (
             *embedded.shape[:2], embedded.shape[4]) != (*wide.shape[:2], wide.shape[4]):
@@ -90,9 +90,11 @@ def ctr_aggregate_sum(embedded: Tensor, wide: Tensor, conv4_weights: Sequence[Te
             raise ValueError(f"Expected conv4_weight of shape {wanted} and conv4_bias of shape {shape[:1]}. "
                              f"Got {tuple(weight.shape)} and {tuple(bias.shape)}.")
     blocks = {pattern.block for pattern in patterns if pattern is not None}
-    if len(blocks) > 1:
-        raise ValueError(f"Expected conv4_patterns of one block size. Got {sorted(blocks)}.")
     check_graph(A, (subsets, joints, joints), alpha=alpha)
+    if len(blocks) > 1:  # one by one
+        parts = [ctr_aggregate_sum(embedded[:, k:k + 1], wide[:, k:k + 1], conv4_weights[k:k + 1], conv4_biases[k:k + 1], alpha,
+                                   A[k:k + 1], patterns[k:k + 1]) for k in range(subsets)]  # type: ignore[arg-type]
+        return torch.stack(parts).sum(0)
     embedded, wide, alpha, A = like(wide, embedded, wide, alpha, A)
     weights, biases = like(wide, *conv4_weights), like(wide, *conv4_biases)
     if backend_for("ctr_aggregate", wide.device, wide.dtype) == "reference":
