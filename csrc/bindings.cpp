@@ -75,6 +75,19 @@ View<S> plane(Address data, const Sizes& stride) {
   return {(S*)data, {stride[0], stride[1], 0, 0}};
 }
 
+using MeanSizes = std::array<int64_t, 4>;
+MeanShape mean_shape(const MeanSizes& size) { return {size[0], size[1], size[2], size[3]}; }
+
+// What is added up, at most max_parts of them.
+template <class S>
+std::vector<View<const S>> planes(const Addresses& data, const Strides& stride) {
+  if (data.size() > (size_t)max_parts)
+    throw std::invalid_argument("Expected at most " + std::to_string(max_parts) + " tensors. Got " + std::to_string(data.size()) + ".");
+  std::vector<View<const S>> views;
+  for (size_t i = 0; i < data.size(); i++) views.push_back(plane<const S>(data[i], stride[i]));
+  return views;
+}
+
 AttendShape attend_shape(const std::array<int64_t, 7>& size) {
   return {size[0], size[1], size[2], size[3], size[4], size[5], size[6]};
 }
@@ -439,6 +452,64 @@ PYBIND11_MODULE(_native, m) {
       const Adjacency a{graph[0], graph[1], graph[2], (const int32_t*)adjacency[0], (const int32_t*)adjacency[1]};
       ops.block_backward(temporal_shape(shape), pattern(graph_size, graph_index), a, pattern(temporal_size, temporal_index),
                          block_tensors<S>(t, {}), block_gradients<S>(gradients, identity), threads);
+    });
+  });
+
+  // Pooling over 3 frames: size = (N, C, T, V, stride); strides of (n, c) only. pool_forward: x, y; pool_backward: x, dy, dx.
+  m.def("pool_forward", [](bool is_double, const std::array<int64_t, 5>& size, const Addresses& t, const Strides& stride, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.pool_forward({size[0], size[1], size[2], size[3], size[4]}, plane<const S>(t[0], stride[0]), plane<S>(t[1], stride[1]), threads);
+    });
+  });
+  m.def("pool_backward", [](bool is_double, const std::array<int64_t, 5>& size, const Addresses& t, const Strides& stride, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.pool_backward({size[0], size[1], size[2], size[3], size[4]}, plane<const S>(t[0], stride[0]),
+                        plane<const S>(t[1], stride[1]), plane<S>(t[2], stride[2]), threads);
+    });
+  });
+
+  // Means and sums of gradients: size = (N, C, T, V), V without the mean; strides of (n, c) of the operands, results contiguous.
+  m.def("frame_mean", [](bool is_double, const MeanSizes& size, Address x, const Sizes& stride, Address mean, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.frame_mean(mean_shape(size), plane<const S>(x, stride), (S*)mean, threads);
+    });
+  });
+  m.def("total", [](bool is_double, const MeanSizes& size, const Addresses& x, const Strides& stride, Address mean, Address y,
+                    int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      const auto views = planes<S>(x, stride);
+      ops.total_of(mean_shape(size), (int64_t)views.size(), views.data(), (const S*)mean, (S*)y, threads);
+    });
+  });
+  m.def("append_mean", [](bool is_double, const MeanSizes& size, Address x, const Sizes& stride, Address y, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.append_mean(mean_shape(size), plane<const S>(x, stride), (S*)y, threads);
+    });
+  });
+  m.def("append_mean_backward", [](bool is_double, const MeanSizes& size, const Addresses& g, const Strides& stride, Address dx,
+                                   int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      const auto views = planes<S>(g, stride);
+      ops.append_mean_backward(mean_shape(size), (int64_t)views.size(), views.data(), (S*)dx, threads);
+    });
+  });
+  m.def("spread_mean", [](bool is_double, const MeanSizes& size, const Addresses& t, const Strides& stride, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.spread_mean(mean_shape(size), plane<const S>(t[0], stride[0]), (const S*)t[1], plane<S>(t[2], stride[1]), threads);
+    });
+  });
+  m.def("spread_mean_backward", [](bool is_double, const MeanSizes& size, const Addresses& t, const Strides& stride, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.spread_mean_backward(mean_shape(size), plane<const S>(t[0], stride[0]), plane<const S>(t[1], stride[1]), (const S*)t[2],
+                               plane<S>(t[3], stride[2]), (double*)t[4], threads);
     });
   });
 

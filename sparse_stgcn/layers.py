@@ -2,20 +2,18 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
-from .kernels import BlockPattern, graph_conv, graph_product, norm, temporal_conv
+from .kernels import BlockPattern, graph_conv, graph_product, max_pool, norm, temporal_conv
 from .kernels.dispatch import runs_natively
 
-__all__ = ["SparseConv2d", "TemporalUnit", "Units", "joined", "norm_fuses", "normalise", "pointwise_unit", "run_units",
-           "stacked", "sum_over_graphs", "track", "unwatched"]
+__all__ = ["SparseConv2d", "TemporalUnit", "Units", "norm_fuses", "normalise", "pointwise_unit", "run_units", "track",
+           "unwatched"]
 
 
 class SparseConv2d(nn.Module):
@@ -214,106 +212,9 @@ class SparseConv2d(nn.Module):
         return text if self.pattern is None else f"{text}, {self.stage}, {self.pattern}"
 
 
-def joined(convs: Sequence[SparseConv2d], x: Tensor) -> tuple[Tensor, ...]:
-    """[conv(x) for conv in convs], 1 x 1 convolutions of one stride, as one product.
-
-    x is read once, and its gradient is one sum that is written once. Compact convolutions have to agree in their block, and
-    their widths to be multiples of it; otherwise, and where a forward hook watches one of them, they run one by one.
-    """
-    y = _as_one(convs, x)
-    return tuple(conv(x) for conv in convs) if y is None else y.split([conv.out_channels for conv in convs], 1)
-
-
-def stacked(convs: Sequence[SparseConv2d], x: Tensor) -> Tensor:
-    """cat([conv(x) for conv in convs], 1), see ``joined``."""
-    y = _as_one(convs, x)
-    return torch.cat([conv(x) for conv in convs], 1) if y is None else y
-
-
-def _as_one(convs: Sequence[SparseConv2d], x: Tensor) -> Tensor | None:
-    kinds = {(conv.kernel_size, conv.stride, conv.subsets, conv.bias is None) for conv in convs}
-    if len(kinds) > 1 or convs[0].kernel_size > 1:
-        raise ValueError(f"Expected 1 x 1 convolutions of one stride. Got {', '.join(map(str, convs))}.")
-    if not all(map(unwatched, convs)):
-        return None
-    stages = {conv.stage == "compact" for conv in convs}
-    bias = None if convs[0].bias is None else torch.cat([conv.bias for conv in convs])  # type: ignore[misc]
-    if stages == {False}:
-        return F.conv2d(x, torch.cat([conv.dense_weight() for conv in convs]), bias, (convs[0].stride, 1))
-    patterns = tuple(conv.pattern for conv in convs if conv.pattern is not None)
-    pattern = _join(patterns) if stages == {True} else None
-    if pattern is None:
-        return None
-    values = torch.cat([conv.values for conv in convs])  # type: ignore[misc]
-    return temporal_conv(x, values, pattern, bias, convs[0].stride)
-
-
-def sum_over_graphs(convs: Sequence[SparseConv2d], x: Tensor, graphs: Tensor) -> Tensor:
-    """y = sum over k of conv_k(x G_k): (N, I, T, V) and a graph of every sample (N, K, V, V) -> (N, O, T, V).
-
-    Compact 1 x 1 convolutions of one block are one graph convolution, in which no x G_k exists as a whole.
-    """
-    watched = not all(map(unwatched, convs))
-    patterns = tuple(conv.pattern for conv in convs if conv.pattern is not None and conv.stage == "compact")
-    if watched or len(patterns) < len(convs) or len({pattern.block for pattern in patterns}) > 1:
-        z = graph_product(x, graphs).unflatten(1, (len(convs), -1))
-        if watched or patterns:
-            return torch.stack([conv(part) for conv, part in zip(convs, z.unbind(1), strict=True)]).sum(0)
-        weight, offset = torch.cat([conv.dense_weight() for conv in convs], 1), None
-        if convs[0].bias is not None:
-            offset = torch.stack([conv.bias for conv in convs]).sum(0)  # type: ignore[misc]
-        return F.conv2d(z.flatten(1, 2), weight, offset)
-    pattern, order = _stack(patterns)
-    values = torch.cat([conv.values for conv in convs])[order]  # type: ignore[misc]
-    offset = None if convs[0].bias is None else torch.stack([conv.bias for conv in convs]).sum(0)  # type: ignore[misc]
-    return graph_conv(x, values, pattern, graphs.to(x.dtype), offset=offset)
-
-
 def unwatched(module: nn.Module) -> bool:
     """No hook looks at what goes into the module or comes out of it, so that others may do its work."""
     return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
-
-
-_joins: WeakIdKeyDictionary = WeakIdKeyDictionary()  # first pattern -> the patterns joined, and their join
-
-
-def _is(reference: weakref.ref[BlockPattern], pattern: BlockPattern) -> bool:
-    return reference() is pattern
-
-
-def _join(patterns: tuple[BlockPattern, ...]) -> BlockPattern | None:
-    """The pattern of the weights one below the other; None if a block would span two of them."""
-    kept = _joins.get(patterns[0])
-    if kept is not None and len(kept[0]) == len(patterns) - 1 and all(map(_is, kept[0], patterns[1:])):
-        return kept[1]
-    block, (_, inputs, taps) = patterns[0].block, patterns[0].shape
-    together = None
-    if all(p.block == block and p.shape[0] % block[0] == 0 for p in patterns):
-        outputs = sum(p.shape[0] for p in patterns)
-        together = BlockPattern.from_blocks(torch.cat([p.blocks() for p in patterns]), (outputs, inputs, taps), block)
-    _joins[patterns[0]] = (tuple(map(weakref.ref, patterns[1:])), together)
-    return together
-
-
-_stacks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # first pattern -> the others, their stack, and the order of its blocks
-
-
-def _stack(patterns: tuple[BlockPattern, ...]) -> tuple[BlockPattern, Tensor]:
-    """1 x 1 patterns (O, I, 1) as the taps of one (O, I, K), and where each of its blocks is among all of theirs."""
-    kept = _stacks.get(patterns[0])
-    if kept is not None and len(kept[0]) == len(patterns) - 1 and all(map(_is, kept[0], patterns[1:])):
-        return kept[1]
-    live = torch.cat([pattern.blocks() for pattern in patterns], 2)
-    outputs, inputs, _ = patterns[0].shape
-    stack = BlockPattern.from_blocks(live, (outputs, inputs, len(patterns)), patterns[0].block).to(live.device)
-    place, before = torch.zeros(live.shape, dtype=torch.long, device=live.device), 0
-    for k, pattern in enumerate(patterns):
-        place[pattern.rows, pattern.input.long(), k] = torch.arange(pattern.num_blocks, device=live.device) + before
-        before += pattern.num_blocks
-    with torch.inference_mode(False):  # what is kept must serve training too
-        order = place[stack.rows, stack.input.long(), stack.tap.long()].clone()
-    _stacks[patterns[0]] = (tuple(map(weakref.ref, patterns[1:])), (stack, order))
-    return stack, order
 
 
 def normalise(bns: nn.Module | Sequence[nn.Module], xs: Tensor | Sequence[Tensor], residual: Tensor | None = None,
@@ -406,11 +307,21 @@ def run_units(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
         if isinstance(module, nn.BatchNorm2d):
             normed = isinstance(following, nn.ReLU)
             x = normalise(module, x, relu=normed)
+        elif _pools(module, x):
+            x = max_pool(x, module.stride[0])  # type: ignore[index,arg-type]  # a pair, see _pools
         elif not normed:
             x = module(x)
         else:
             normed = False
     return x
+
+
+def _pools(module: nn.Module, x: Tensor) -> bool:
+    """Whether ``kernels.max_pool`` can stand for ``module`` on x."""
+    if type(module) is not nn.MaxPool2d or not unwatched(module) or not runs_natively("max_pool", x):
+        return False
+    shape = (module.kernel_size, module.padding, module.dilation, module.ceil_mode, module.return_indices)
+    return shape == ((3, 1), (1, 0), 1, False, False) and isinstance(module.stride, tuple) and module.stride[1] == 1
 
 
 def pointwise_unit(in_channels: int, out_channels: int) -> Units:

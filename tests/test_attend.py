@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_stgcn.backbones.aagcn import AdaptiveGraphUnit
-from sparse_stgcn.kernels import _native, attend, reference
+from sparse_stgcn.kernels import _native, attend
+from sparse_stgcn.kernels import reference_units as reference
 from sparse_stgcn.kernels.dispatch import forced_backend
 from tests.kernel_cases import STRIDES, normal, strided
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparse_stgcn.joins import sum_over_graphs
 from sparse_stgcn.kernels import _native, graph_product
-from sparse_stgcn.layers import SparseConv2d, sum_over_graphs
+from sparse_stgcn.layers import SparseConv2d
 from tests.kernel_cases import STRIDES, assert_within, integers, normal, strided
 
 native = pytest.mark.skipif(_native.module is None, reason="the native module is not built")

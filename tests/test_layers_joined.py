@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_stgcn.kernels import BlockPattern
-from sparse_stgcn.layers import SparseConv2d, joined
+from sparse_stgcn.joins import joined
+from sparse_stgcn.kernels import BlockPattern, share, temporal_conv
+from sparse_stgcn.layers import SparseConv2d
 from tests.kernel_cases import normal, random_pattern, strided
 
 
@@ -28,8 +29,10 @@ def run(op, convs, x, dys):
 
 
 @pytest.mark.parametrize("stage", ["dense", "warmup", "compact"])
-@pytest.mark.parametrize(("widths", "block"), [((16, 8, 24), (8, 1)), ((16, 14, 10), (8, 1)), ((16, 8), (4, 4)),
-                                               ((8,), (1, 1))], ids=str)
+@pytest.mark.parametrize(("widths", "block"), [
+    ((16, 8, 24), (8, 1)), ((16, 14, 10), (8, 1)), ((10, 11, 9), (8, 1)), ((3, 2, 5), (8, 1)), ((16, 8), (4, 4)),
+    ((8,), (1, 1)),
+], ids=str)
 @pytest.mark.parametrize(("stride", "bias"), [(1, True), (2, False)])
 def test_equals_one_by_one(stage, widths, block, stride, bias):
     torch.manual_seed(0)
@@ -38,6 +41,25 @@ def test_equals_one_by_one(stage, widths, block, stride, bias):
     dys = [normal(2, width, -(-9 // stride), 25, seed=2 + width, dtype=torch.float64) for width in widths]
     together, alone = (run(op, convs, x, dys) for op in (lambda x: joined(convs, x), lambda x: [conv(x) for conv in convs]))
     for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_which_are_one_product(monkeypatch):
+    calls = []
+    monkeypatch.setattr("sparse_stgcn.layers.temporal_conv", lambda *given: calls.append(given) or temporal_conv(*given))
+    x = normal(2, 12, 9, 25, seed=1, dtype=torch.float64)
+    for widths, expected in (((16, 14, 10), 1), ((10, 11, 9), 1), ((3, 2, 5), 3)):
+        joined(convolutions(widths, (8, 1), "compact"), x)
+        assert len(calls) == expected, widths
+        calls.clear()
+
+
+@pytest.mark.parametrize("widths", [(10, 11, 9), (3, 2, 5)])
+def test_aliases_serve_one_product_and_many(widths):
+    convs, x = convolutions(widths, (8, 1), "compact"), normal(2, 12, 9, 25, seed=1, dtype=torch.float64)
+    dys = [normal(2, width, 9, 25, seed=2 + width, dtype=torch.float64) for width in widths]
+    together = run(lambda x: joined(convs, share(x, 3)), convs, x, dys)
+    for a, b in zip(together, run(lambda x: [conv(x) for conv in convs], convs, x, dys), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 

@@ -154,7 +154,8 @@ def test_opcheck_and_fullgraph():
     torch.library.opcheck(torch.ops.sparse_stgcn.norm, (xs, weight, bias, residual, 1e-5, True, True), test_utils=tests)
     y, mean, rstd, _ = torch.ops.sparse_stgcn.norm(xs, weight, bias, residual, 1e-5, True, True)
     for saved in (y, None):
-        torch.library.opcheck(torch.ops.sparse_stgcn.norm_backward, (dy, xs, saved, weight, bias, mean, rstd, True),
+        dxs = [torch.empty_like(x) for x in xs]
+        torch.library.opcheck(torch.ops.sparse_stgcn.norm_backward, (dy, xs, saved, weight, bias, mean, rstd, True, dxs),
                               test_utils=tests)
 
     def loss(x, weight):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparse_stgcn.joins import sum_over_graphs
 from sparse_stgcn.kernels import BlockPattern, Lasso, _native, graph_conv, reference, reference_dynamic
 from sparse_stgcn.kernels.dynamic import aa_graph
-from sparse_stgcn.layers import SparseConv2d, sum_over_graphs
+from sparse_stgcn.layers import SparseConv2d
 from tests.kernel_cases import BLOCKS, STRIDES, assert_rounded_once, assert_within, integers, normal, random_pattern, strided
 
 pytestmark = pytest.mark.skipif(_native.module is None, reason="the native module is not built")

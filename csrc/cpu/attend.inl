@@ -8,7 +8,7 @@
 //
 // Backward, d = dL/dout: one sweep over y and d for the sums of d y that all gates need, one over y for what reaches a through
 // m2, one over d that writes dy = a (d b g + dm2 / V) + dm1 / T. Gradients of the weights are summed over the samples in order.
-// Reference: kernels/reference.py.
+// Reference: kernels/reference_units.py.
 
 // The joints of a frame as up to `n` vectors. The last one ends at the last joint, and so may hold joints of the one before
 // again; `fresh` marks the others. Frames shorter than a vector (SHORT) are read and written in part.

@@ -22,6 +22,8 @@
 #include "block_rows.inl"
 #include "block_forward.inl"
 #include "block_backward.inl"
+#include "pool.inl"
+#include "means.inl"
 #include "fused.inl"
 #include "fused_columns.inl"
 #include "fused_product.inl"
@@ -39,6 +41,7 @@ constexpr Ops<S> ops() {
           sample_graph_dw<S>, graph_product<S>, graph_product_backward<S>, sample_product<S>,
           sample_product_backward<S>, lasso_square<S>, lasso_gradient<S>,
           aa_graphs<S>,        aa_graphs_backward<S>, ctr_forward<S>, ctr_backward<S>, dg_forward<S>, dg_backward<S>,
-          norm_forward<S>,     norm_backward<S>, attend_forward<S>,   attend_backward<S>,
+          norm_forward<S>,     norm_backward<S>, attend_forward<S>,   attend_backward<S>, pool_forward<S>, pool_backward<S>,
+          frame_mean<S>, total_of<S>, append_mean<S>, append_mean_backward<S>, spread_mean<S>, spread_mean_backward<S>,
           block_forward<S>,    block_backward<S>};
 }

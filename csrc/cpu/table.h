@@ -57,6 +57,15 @@ struct NormShape {
   int64_t N, C, P;
 };
 
+// Max-pooling over 3 frames of (N, C, T, V), and means of it; the pixels of a channel lie in one run. Views: stride[0], [1] only.
+struct PoolShape {
+  int64_t N, C, T, V, stride;
+};
+struct MeanShape {
+  int64_t N, C, T, V;
+};
+constexpr int64_t max_parts = 8;  // that are added in one sweep
+
 // AA-GCN's attention of y (N, C, T, V), contiguous: taps of the convolutions along joints and frames, H hidden units.
 struct AttendShape {
   int64_t N, C, T, V, joint_taps, frame_taps, H;
@@ -155,6 +164,19 @@ struct Ops {
   void (*attend_forward)(const AttendShape&, const S* y, const AttendWeights<S>&, S* out, S* state, int threads);
   void (*attend_backward)(const AttendShape&, const S* y, const S* dout, const AttendWeights<S>&, const S* state, S* dy,
                           const AttendGradients<S>&, int threads);
+  void (*pool_forward)(const PoolShape&, View<const S> x, View<S> y, int threads);
+  void (*pool_backward)(const PoolShape&, View<const S> x, View<const S> dy, View<S> dx, int threads);
+
+  // V counts the joints without the mean. Results are contiguous unless they are a View; dcoef is added to.
+  void (*frame_mean)(const MeanShape&, View<const S> x, S* mean, int threads);
+  // y = sum of x + mean / T
+  void (*total_of)(const MeanShape&, int64_t count, const View<const S>* x, const S* mean, S* y, int threads);
+  void (*append_mean)(const MeanShape&, View<const S> x, S* y, int threads);
+  void (*append_mean_backward)(const MeanShape&, int64_t count, const View<const S>* g, S* dx, int threads);
+  void (*spread_mean)(const MeanShape&, View<const S> x, const S* coef, View<S> y, int threads);
+  void (*spread_mean_backward)(const MeanShape&, View<const S> dy, View<const S> x, const S* coef, View<S> dx, double* dcoef,
+                               int threads);
+
   void (*block_forward)(const TemporalShape&, const Pattern& graph, const Adjacency&, const Pattern& temporal,
                         const BlockTensors<S>&, int threads);
   void (*block_backward)(const TemporalShape&, const Pattern& graph, const Adjacency&, const Pattern& temporal,

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import attend
+from ..joins import stacked, sum_over_graphs
+from ..kernels import attend, share
 from ..kernels.dispatch import runs_natively
 from ..kernels.dynamic import aa_graph
-from ..layers import SparseConv2d, TemporalUnit, normalise, stacked, sum_over_graphs
+from ..layers import SparseConv2d, TemporalUnit, normalise, unwatched
 from ..skeleton import Skeleton
 from .base import Backbone, graph_parameter, init_fan_out, shortcut
 
@@ -63,16 +64,16 @@ class AdaptiveGraphUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         convs: Any = (self.conv_a, self.conv_b, self.conv_d)
         conv_a, conv_b, conv_d = map(list, convs)
-        embedded = stacked([*conv_a, *conv_b], x)
+        x, for_graphs, for_shortcut = share(x, 3)
+        embedded = stacked([*conv_a, *conv_b], for_graphs)
         graphs = aa_graph(embedded.unflatten(1, (2, len(conv_d), -1)), self.alpha, self.A)
         y = sum_over_graphs(conv_d, x, graphs)
-        y = normalise(self.bn, y, self.down(x), relu=True)
+        y = normalise(self.bn, y, self.down(for_shortcut), relu=True)
         return self._attend(y) if self.attention else y
 
     def _attend(self, y: Tensor) -> Tensor:
         layers = (self.conv_sa, self.conv_ta, self.fc1c, self.fc2c)
-        watched = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
-        if not watched and not torch.is_autocast_enabled(y.device.type) and runs_natively("attend", y):
+        if all(map(unwatched, layers)) and not torch.is_autocast_enabled(y.device.type) and runs_natively("attend", y):
             return attend(y, *(p for layer in layers for p in (layer.weight, layer.bias)))  # type: ignore[arg-type]
         y = y * (1 + torch.sigmoid(self.conv_sa(y.mean(2)))).unsqueeze(2)
         y = y * (1 + torch.sigmoid(self.conv_ta(y.mean(3)))).unsqueeze(3)

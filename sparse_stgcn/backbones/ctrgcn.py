@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..joins import stacked
+from ..kernels import share
 from ..kernels.ctr import ctr_aggregate_sum
-from ..layers import SparseConv2d, normalise, stacked
+from ..layers import SparseConv2d, normalise
 from ..skeleton import Skeleton
 from .base import Backbone, graph_parameter, init_fan_out, shortcut
 from .multibranch import BranchedTemporal, MixedTemporal
@@ -47,14 +49,15 @@ class ChannelGraphUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         convs: Any = list(self.convs)
-        embedded = stacked([c for conv in convs for c in (conv.conv1, conv.conv2)], x.mean(2, keepdim=True))
+        x, for_shortcut, mean = share(x, 2, mean=True)
+        embedded = stacked([c for conv in convs for c in (conv.conv1, conv.conv2)], mean)
         wide = stacked([conv.conv3 for conv in convs], x)
         last = [conv.conv4 for conv in convs]
         patterns = [conv.pattern for conv in last if conv.stage == "compact"]
         weights = [conv.values if patterns else conv.dense_weight()[:, :, 0, 0] for conv in last]
         y = ctr_aggregate_sum(embedded[:, :, 0].unflatten(1, (len(convs), 2, -1)), wide.unflatten(1, (len(convs), -1)), weights,
                               [conv.bias for conv in last], self.alpha, self.A, patterns or None)
-        return normalise(self.bn, y, self.down(x), relu=True)
+        return normalise(self.bn, y, self.down(for_shortcut), relu=True)
 
 
 class CTRGCN(Backbone):

@@ -4,6 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..kernels import share
 from ..kernels.dynamic import dg_aggregate
 from ..layers import SparseConv2d, normalise, pointwise_unit
 from ..skeleton import Skeleton
@@ -35,7 +36,7 @@ class GroupGraphUnit(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean(2, keepdim=True)
+        x, for_shortcut, mean = share(x, 2, mean=True)
         grouped = lambda y: y.unflatten(1, (self.subsets, -1))
         y = dg_aggregate(
             grouped(self.pre(x)),
@@ -45,7 +46,7 @@ class GroupGraphUnit(nn.Module):
             self.beta[0],
             self.A,
         )
-        return normalise(self.bn, self.post(y.flatten(1, 2)), self.down(x), relu=True)
+        return normalise(self.bn, self.post(y.flatten(1, 2)), self.down(for_shortcut), relu=True)
 
 
 class DGSTGCN(Backbone):

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import SparseConv2d, TemporalUnit, Units, joined, normalise, pointwise_unit, run_units
+from ..joins import joined
+from ..kernels import append_mean, share, spans, split, spread_mean
+from ..layers import SparseConv2d, TemporalUnit, Units, normalise, pointwise_unit, run_units
 
 __all__ = ["BranchedTemporal", "MixedTemporal"]
 
@@ -33,19 +35,20 @@ def _branch(spec: BranchSpec, in_channels: int, width: int, stride: int, norm: b
     return branch.append(TemporalUnit(width, width, kernel, stride, dilation, norm=norm))
 
 
-def _run_branches(branches: Any, x: Tensor) -> tuple[list[Tensor], list[nn.Module]]:
+def _run_branches(branches: Any, xs: Sequence[Tensor]) -> tuple[list[Tensor], list[nn.Module]]:
     """What the batch norms at the ends of the branches take, and these norms (Identity where a branch has none).
 
-    All branches but the last begin with a 1 x 1 convolution of stride 1, norm and ReLU: these run as one each.
+    All branches but the last begin with a 1 x 1 convolution of stride 1, norm and ReLU: these run as one each. xs: the input
+    for each branch, see ``kernels.share``.
     """
     *wide, single = branches
     convs, norms = [branch[0] for branch in wide], [branch[1] for branch in wide]
     alike: Any = single[0] if isinstance(single, nn.Sequential) else single
     if alike.stride == 1:
-        *narrow, last = joined([*convs, alike], x)
+        *narrow, last = joined([*convs, alike], xs)
     else:
-        narrow, last = list(joined(convs, x)), alike(x)
-    hidden = normalise(norms, narrow, relu=True).split([conv.out_channels for conv in convs], 1)
+        narrow, last = list(joined(convs, xs[:-1])), alike(xs[-1])
+    hidden = split(normalise(norms, narrow, relu=True), spans(conv.out_channels for conv in convs))
     outputs, ends = [], []
     for branch, y in zip(wide, hidden, strict=True):
         rest = list(branch)[3:]
@@ -75,7 +78,7 @@ class BranchedTemporal(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """relu(unit(x) + residual)."""
-        xs, norms = _run_branches(self.branches, x)
+        xs, norms = _run_branches(self.branches, share(x, len(self.branches)))
         return normalise(norms, xs, residual, relu, relu_before=True)
 
 
@@ -105,10 +108,7 @@ class MixedTemporal(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """relu(unit(x) + residual)."""
-        joints = x.shape[3]
-        if self.joint_mean:
-            x = torch.cat([x, x.mean(3, keepdim=True)], 3)
-        y = torch.cat(_run_branches(self.branches, x)[0], 1)
-        if self.joint_mean:
-            y = y[..., :joints] + y[..., joints:] * self.add_coeff[:joints]
+        joints, count = x.shape[3], len(self.branches)
+        outputs, _ = _run_branches(self.branches, append_mean(x, count) if self.joint_mean else share(x, count))
+        y = spread_mean(outputs, self.add_coeff[:joints]) if self.joint_mean else torch.cat(outputs, 1)
         return normalise(self.bn, self.transform(y), residual, relu)

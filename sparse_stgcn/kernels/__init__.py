@@ -7,9 +7,12 @@ from .dispatch import backends
 from .graph_conv import Support, graph_conv
 from .graph_product import graph_product
 from .group_lasso import group_lasso, lasso_terms
+from .means import append_mean, share, spread_mean
 from .norm import norm
 from .pattern import BlockPattern
+from .pool import max_pool
+from .split import spans, split
 from .temporal_conv import temporal_conv
 
-__all__ = ["BlockPattern", "Lasso", "Support", "attend", "backends", "graph_conv", "graph_product",
-           "group_lasso", "lasso_terms", "norm", "temporal_conv"]
+__all__ = ["BlockPattern", "Lasso", "Support", "append_mean", "attend", "backends", "graph_conv", "graph_product",
+           "group_lasso", "lasso_terms", "max_pool", "norm", "share", "spans", "split", "spread_mean", "temporal_conv"]

@@ -57,6 +57,17 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
 
+def one_run(x: Tensor) -> Tensor:
+    """x if the pixels (T, V) of a channel lie in one run, otherwise a contiguous copy."""
+    frames, joints = x.shape[2:]
+    return x if (joints == 1 or x.stride(3) == 1) and (frames == 1 or x.stride(2) == joints) else x.contiguous()
+
+
+def plane(x: Tensor | None) -> tuple[int, tuple[int, int]]:
+    """Address and strides of sample and channel; zeros for None."""
+    return (0, (0, 0)) if x is None else (x.data_ptr(), (x.stride(0), x.stride(1)))
+
+
 def index(row_ptr: Tensor, input: Tensor, tap: Tensor) -> list[int]:
     """Addresses of a pattern's indices."""
     return [row_ptr.data_ptr(), input.data_ptr(), tap.data_ptr()]

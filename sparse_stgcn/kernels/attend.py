@@ -1,4 +1,4 @@
-"""attend: AA-GCN's attention over joints, frames and channels. Definition: reference.py; native: csrc/cpu/attend.inl."""
+"""attend: AA-GCN's attention over joints, frames and channels. Definition: reference_units.py; native: csrc/cpu/attend.inl."""
 from __future__ import annotations
 
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _native, reference
+from . import _native, reference_units
 from ._library import LIBRARY, implement
 from .dispatch import backend_for
 
@@ -54,7 +54,7 @@ def attend(y: Tensor, joint_weight: Tensor, joint_bias: Tensor, frame_weight: Te
         if tensor.dtype != y.dtype:
             raise TypeError(f"Expected {name} to have the dtype of y, {y.dtype}. Got {tensor.dtype}.")
     if backend_for("attend", y.device, y.dtype) == "reference":
-        return reference.attend(y, *parameters)
+        return reference_units.attend(y, *parameters)
     return _Attend.apply(y, *parameters)
 
 

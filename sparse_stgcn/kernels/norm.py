@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,7 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from . import _native, reference
 from ._library import LIBRARY, implement
+from ._native import one_run, plane
 from .dispatch import backend_for
+from .split import memory, place_of, spans
 
 __all__ = ["norm"]
 
@@ -66,6 +67,7 @@ class _Norm(torch.autograd.Function):
                 relu: bool, *xs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y, mean, rstd, variance = torch.ops.sparse_stgcn.norm(list(xs), weight, bias, residual, eps, relu_before, relu)
         ctx.mark_non_differentiable(mean, variance)
+        ctx.places = [place_of(x) for x in xs]
         masked = relu and residual is not None
         ctx.open, ctx.residual = relu_before or (relu and residual is None), residual is not None
         ctx.save_for_backward(weight, bias, mean, rstd, y if masked else None, *xs)
@@ -75,7 +77,8 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Any, ...]:
         weight, bias, mean, rstd, y, *xs = ctx.saved_tensors
-        *dxs, dresidual, dweight, dbias = torch.ops.sparse_stgcn.norm_backward(dy, xs, y, weight, bias, mean, rstd, ctx.open)
+        dxs = [memory(x, place) for x, place in zip(xs, ctx.places, strict=True)]
+        dresidual, dweight, dbias = torch.ops.sparse_stgcn.norm_backward(dy, xs, y, weight, bias, mean, rstd, ctx.open, dxs)
         if ctx.residual and y is None:
             dresidual = dy
         return dweight, dbias, dresidual if ctx.residual else None, None, None, None, *dxs
@@ -84,26 +87,7 @@ class _Norm(torch.autograd.Function):
 LIBRARY.define("norm(Tensor[] xs, Tensor weight, Tensor bias, Tensor? residual, float eps, bool relu_before, bool relu) "
                "-> (Tensor, Tensor, Tensor, Tensor)")
 LIBRARY.define("norm_backward(Tensor dy, Tensor[] xs, Tensor? y, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, "
-               "bool open) -> Tensor[]")
-
-
-def _one_run(x: Tensor) -> Tensor:
-    """x if the pixels (T, V) of a channel lie in one run, otherwise a contiguous copy."""
-    frames, joints = x.shape[2:]
-    return x if (joints == 1 or x.stride(3) == 1) and (frames == 1 or x.stride(2) == joints) else x.contiguous()
-
-
-def _plane(x: Tensor | None) -> tuple[int, tuple[int, int]]:
-    """Address and strides of sample and channel; zeros for None."""
-    return (0, (0, 0)) if x is None else (x.data_ptr(), (x.stride(0), x.stride(1)))
-
-
-def _channels(xs: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """First and last (excluded) channel of each tensor in the joined one."""
-    ends = [0]
-    for x in xs:
-        ends.append(ends[-1] + x.shape[1])
-    return list(pairwise(ends))
+               "bool open, Tensor(a!)[] dxs) -> (Tensor, Tensor, Tensor)")
 
 
 def _fake_forward(xs: list[Tensor], weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float,
@@ -117,11 +101,11 @@ def _fake_forward(xs: list[Tensor], weight: Tensor, bias: Tensor, residual: Tens
 def _forward(xs: list[Tensor], weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float,
              relu_before: bool, relu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y, *statistics = outputs = _fake_forward(xs, weight, bias, residual, eps, relu_before, relu)
-    residual = None if residual is None else _one_run(residual)
+    residual = None if residual is None else one_run(residual)
     vectors = [weight.contiguous(), bias.contiguous()]
-    for x, (begin, end) in zip(map(_one_run, xs), _channels(xs), strict=True):
+    for x, (begin, end) in zip(map(one_run, xs), spans(x.shape[1] for x in xs), strict=True):
         part = lambda tensor: None if tensor is None else tensor[:, begin:end]  # noqa: B023  called within the turn
-        planes = [_plane(tensor) for tensor in (x, part(residual), part(y))]
+        planes = [plane(tensor) for tensor in (x, part(residual), part(y))]
         small = [tensor[begin:end].data_ptr() for tensor in (*vectors, *statistics)]
         _native.module.norm_forward(
             x.dtype == torch.float64, [x.shape[0], x.shape[1], x.shape[2] * x.shape[3]],
@@ -131,19 +115,18 @@ def _forward(xs: list[Tensor], weight: Tensor, bias: Tensor, residual: Tensor | 
 
 
 def _fake_backward(dy: Tensor, xs: list[Tensor], y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
-                   open: bool) -> list[Tensor]:
-    empty = [tensor.new_empty(tensor.shape) for tensor in xs]
-    return [*empty, dy.new_empty(0 if y is None else y.shape), torch.empty_like(mean), torch.empty_like(mean)]
+                   open: bool, dxs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    return dy.new_empty(0 if y is None else y.shape), torch.empty_like(mean), torch.empty_like(mean)
 
 
 @implement("norm_backward", _fake_backward)
 def _backward(dy: Tensor, xs: list[Tensor], y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
-              open: bool) -> list[Tensor]:
-    *dxs, dresidual, dweight, dbias = outputs = _fake_backward(dy, xs, y, weight, bias, mean, rstd, open)
-    dy, vectors = _one_run(dy), [weight.contiguous(), bias.contiguous(), mean, rstd]
-    for x, dx, (begin, end) in zip(map(_one_run, xs), dxs, _channels(xs), strict=True):
+              open: bool, dxs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    dresidual, dweight, dbias = outputs = _fake_backward(dy, xs, y, weight, bias, mean, rstd, open, dxs)
+    dy, vectors = one_run(dy), [weight.contiguous(), bias.contiguous(), mean, rstd]
+    for x, dx, (begin, end) in zip(map(one_run, xs), dxs, spans(x.shape[1] for x in xs), strict=True):
         part = lambda tensor: None if tensor is None else tensor[:, begin:end]  # noqa: B023  called within the turn
-        planes = [_plane(t) for t in (part(dy), x, part(y), dx, None if y is None else part(dresidual))]
+        planes = [plane(t) for t in (part(dy), x, part(y), dx, None if y is None else part(dresidual))]
         small = [tensor[begin:end].data_ptr() for tensor in (*vectors, dweight, dbias)]
         _native.module.norm_backward(
             x.dtype == torch.float64, [x.shape[0], x.shape[1], x.shape[2] * x.shape[3]],

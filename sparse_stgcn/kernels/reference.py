@@ -70,16 +70,3 @@ def norm(xs: Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float = 1e-5, 
     y = F.relu(y) if relu_before else y
     y = y if residual is None else y + residual
     return F.relu(y) if relu else y, mean, variance
-
-
-def attend(y: Tensor, joint_weight: Tensor, joint_bias: Tensor, frame_weight: Tensor, frame_bias: Tensor, fc1_weight: Tensor,
-           fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
-    """AA-GCN's attention: y times 1 + s for joints, then frames, then channels, each s a sigmoid.
-
-    Shapes: y (N, C, T, V); joint_weight and frame_weight (1, C, taps); fc1_weight (H, C); fc2_weight (C, H).
-    """
-    along = lambda x, weight, bias: torch.sigmoid(F.conv1d(x, weight, bias, padding=weight.shape[2] // 2))
-    y = y * (1 + along(y.mean(2), joint_weight, joint_bias)).unsqueeze(2)
-    y = y * (1 + along(y.mean(3), frame_weight, frame_bias)).unsqueeze(3)
-    hidden = F.relu(F.linear(y.mean((2, 3)), fc1_weight, fc1_bias))
-    return y * (1 + torch.sigmoid(F.linear(hidden, fc2_weight, fc2_bias)))[:, :, None, None]

@@ -1,0 +1,153 @@
+// Means over frames and over joints, and sums of gradients, each in one sweep: a tensor that several layers read gets its
+// gradients as one sum, with that of its mean added where the sum is written. A task is a channel of a sample, but for the
+// gradient of spread_mean's coefficients, which is summed over samples in order. Reference: kernels/reference_units.py.
+
+// mean[n,c,v] = sum over t of x[n,c,t,v] / T; mean (N, C, V) contiguous.
+template <class S>
+void frame_mean(const MeanShape& s, View<const S> x, S* mean, int threads) {
+  const Vec<S> scale = splat((S)(1 / (double)s.T));
+  parallel(s.N * s.C, threads, [&](int64_t task) {
+    const S* from = x.data + task / s.C * x.stride[0] + task % s.C * x.stride[1];
+    over_joints<S>(s.V, [&](auto count, const auto& j) __attribute__((always_inline)) {
+      constexpr int m = decltype(count)::value;
+      Vec<S> sum[m] = {};
+      for (int64_t t = 0; t < s.T; t++)
+        UNROLL for (int i = 0; i < m; i++) sum[i] += j.read(from + t * s.V, i);
+      UNROLL for (int i = 0; i < m; i++) j.write(mean + task * s.V, i, sum[i] * scale);
+    });
+  });
+}
+
+// y = sum over k of x_k + mean / T, T and V those of x; mean (N, C, V) or nullptr. y contiguous. The gradients of layers that read
+// one tensor and of its mean over frames are added like this.
+template <class S>
+void total_of(const MeanShape& s, int64_t count, const View<const S>* x, const S* mean, S* y, int threads) {
+  // Without a mean the pixels of a channel are one long frame.
+  const int64_t P = s.T * s.V, frames = mean ? s.T : 1, joints = mean ? s.V : P;
+  const Vec<S> scale = splat((S)(1 / (double)s.T));
+  parallel(s.N * s.C, threads, [&](int64_t task) {
+    const S* from[max_parts];
+    for (int64_t k = 0; k < count; k++) from[k] = x[k].data + task / s.C * x[k].stride[0] + task % s.C * x[k].stride[1];
+    S* to = y + task * P;
+    over_joints<S>(joints, [&](auto vectors, const auto& j) __attribute__((always_inline)) {
+      constexpr int m = decltype(vectors)::value;
+      Vec<S> of_mean[m] = {};
+      if (mean) UNROLL for (int i = 0; i < m; i++) of_mean[i] = j.read(mean + task * s.V, i) * scale;
+      for (int64_t t = 0; t < frames; t++) {
+        Vec<S> sum[m];
+        UNROLL for (int i = 0; i < m; i++) sum[i] = of_mean[i];
+        for (int64_t k = 0; k < count; k++)
+          UNROLL for (int i = 0; i < m; i++) sum[i] += j.read(from[k] + t * joints, i);
+        UNROLL for (int i = 0; i < m; i++) j.write(to + t * joints, i, sum[i]);
+      }
+    });
+  });
+}
+
+// y[n,c,t,:V] = x[n,c,t,:], y[n,c,t,V] = its mean. y (N, C, T, V + 1) contiguous.
+template <class S>
+void append_mean(const MeanShape& s, View<const S> x, S* y, int threads) {
+  const S scale = (S)(1 / (double)s.V);
+  parallel(s.N * s.C, threads, [&](int64_t task) {
+    const S* from = x.data + task / s.C * x.stride[0] + task % s.C * x.stride[1];
+    S* to = y + task * s.T * (s.V + 1);
+    for (int64_t t = 0; t < s.T; t++) to[t * (s.V + 1) + s.V] = 0;
+    over_joints<S>(s.V, [&](auto count, const auto& j) __attribute__((always_inline)) {
+      constexpr int m = decltype(count)::value;
+      for (int64_t t = 0; t < s.T; t++) {
+        S* row = to + t * (s.V + 1);
+        Vec<S> v[m];
+        UNROLL for (int i = 0; i < m; i++) v[i] = j.read(from + t * s.V, i);
+        UNROLL for (int i = 0; i < m; i++) j.write(row, i, v[i]);
+        row[s.V] += j.sum(v);
+      }
+    });
+    for (int64_t t = 0; t < s.T; t++) to[t * (s.V + 1) + s.V] *= scale;
+  });
+}
+
+// The adjoint of append_mean for the sum of `count` gradients g_i (N, C, T, V + 1); dx (N, C, T, V) contiguous.
+template <class S>
+void append_mean_backward(const MeanShape& s, int64_t count, const View<const S>* g, S* dx, int threads) {
+  const S scale = (S)(1 / (double)s.V);
+  parallel(s.N * s.C, threads, [&](int64_t task) {
+    const S* from[max_parts];
+    for (int64_t k = 0; k < count; k++) from[k] = g[k].data + task / s.C * g[k].stride[0] + task % s.C * g[k].stride[1];
+    S* to = dx + task * s.T * s.V;
+    over_joints<S>(s.V, [&](auto vectors, const auto& j) __attribute__((always_inline)) {
+      constexpr int m = decltype(vectors)::value;
+      for (int64_t t = 0; t < s.T; t++) {
+        const int64_t at = t * (s.V + 1);
+        S mean = 0;
+        for (int64_t k = 0; k < count; k++) mean += from[k][at + s.V];
+        Vec<S> sum[m];
+        UNROLL for (int i = 0; i < m; i++) sum[i] = splat(mean * scale);
+        for (int64_t k = 0; k < count; k++)
+          UNROLL for (int i = 0; i < m; i++) sum[i] += j.read(from[k] + at, i);
+        UNROLL for (int i = 0; i < m; i++) j.write(to + t * s.V, i, sum[i]);
+      }
+    });
+  });
+}
+
+// y[n,c,t,v] = x[n,c,t,v] + x[n,c,t,V] coef[v], v < V; x has V + 1 joints.
+template <class S>
+void spread_mean(const MeanShape& s, View<const S> x, const S* coef, View<S> y, int threads) {
+  parallel(s.N * s.C, threads, [&](int64_t task) {
+    const S* from = x.data + task / s.C * x.stride[0] + task % s.C * x.stride[1];
+    S* to = y.data + task / s.C * y.stride[0] + task % s.C * y.stride[1];
+    over_joints<S>(s.V, [&](auto count, const auto& j) __attribute__((always_inline)) {
+      constexpr int m = decltype(count)::value;
+      Vec<S> part[m];
+      UNROLL for (int i = 0; i < m; i++) part[i] = j.read(coef, i);
+      for (int64_t t = 0; t < s.T; t++) {
+        const S* row = from + t * (s.V + 1);
+        const Vec<S> mean = splat(row[s.V]);
+        Vec<S> v[m];
+        UNROLL for (int i = 0; i < m; i++) v[i] = j.read(row, i) + mean * part[i];
+        UNROLL for (int i = 0; i < m; i++) j.write(to + t * s.V, i, v[i]);
+      }
+    });
+  });
+}
+
+// dx[..., :V] = dy, dx[..., V] = sum over v of dy coef[v]; dcoef[v] += sum over n, c, t of dy[n,c,t,v] x[n,c,t,V].
+template <class S>
+void spread_mean_backward(const MeanShape& s, View<const S> dy, View<const S> x, const S* coef, View<S> dx, double* dcoef,
+                          int threads) {
+  call_scratch.reserve(Scratch::room<double>(s.C * s.V));
+  double* partial = call_scratch.take<double>(s.C * s.V);
+  parallel(s.C, threads, [&](int64_t c) {
+    task_scratch.reserve(Scratch::room<S>(s.V));
+    S* sums = task_scratch.take<S>(s.V);
+    double* total = partial + c * s.V;
+    for (int64_t v = 0; v < s.V; v++) total[v] = 0;
+    for (int64_t n = 0; n < s.N; n++) {
+      const S* d = dy.data + n * dy.stride[0] + c * dy.stride[1];
+      const S* from = x.data + n * x.stride[0] + c * x.stride[1];
+      S* to = dx.data + n * dx.stride[0] + c * dx.stride[1];
+      for (int64_t t = 0; t < s.T; t++) to[t * (s.V + 1) + s.V] = 0;
+      over_joints<S>(s.V, [&](auto count, const auto& j) __attribute__((always_inline)) {
+        constexpr int m = decltype(count)::value;
+        Vec<S> part[m], sum[m] = {};
+        UNROLL for (int i = 0; i < m; i++) part[i] = j.read(coef, i);
+        for (int64_t t = 0; t < s.T; t++) {
+          S* row = to + t * (s.V + 1);
+          const Vec<S> mean = splat(from[t * (s.V + 1) + s.V]);
+          Vec<S> g[m], v[m];
+          UNROLL for (int i = 0; i < m; i++) {
+            g[i] = j.read(d + t * s.V, i);
+            v[i] = g[i] * part[i];
+            sum[i] += g[i] * mean;
+          }
+          UNROLL for (int i = 0; i < m; i++) j.write(row, i, g[i]);
+          row[s.V] += j.sum(v);
+        }
+        UNROLL for (int i = 0; i < m; i++) j.write(sums, i, sum[i]);
+      });
+      for (int64_t v = 0; v < s.V; v++) total[v] += (double)sums[v];
+    }
+  });
+  for (int64_t c = 0; c < s.C; c++)
+    for (int64_t v = 0; v < s.V; v++) dcoef[v] += partial[c * s.V + v];
+}

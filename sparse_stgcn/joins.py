@@ -1,0 +1,130 @@
+"""Convolutions that read the same tensor, or whose results are summed, run as one."""
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .kernels import BlockPattern, graph_conv, graph_product, share, spans, split, temporal_conv
+from .layers import SparseConv2d, unwatched
+
+__all__ = ["joined", "stacked", "sum_over_graphs"]
+
+
+def joined(convs: Sequence[SparseConv2d], x: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """[conv(x) for conv in convs], 1 x 1 convolutions of one stride, as one product.
+
+    x is read once, and its gradient is one sum that is written once. Compact convolutions have to agree in their block; where a
+    width is no multiple of it, outputs that nobody reads fill the last block, up to half as many as are read. Otherwise, and
+    where a forward hook watches one of them, they run one by one, on x each or, where x is as many aliases of one tensor (see
+    ``kernels.share``), on one each.
+    """
+    one = _as_one(convs, x if isinstance(x, Tensor) else x[0])
+    if one is not None:
+        return split(*one)
+    xs = share(x, len(convs)) if isinstance(x, Tensor) else x
+    return tuple(conv(part) for conv, part in zip(convs, xs, strict=True))
+
+
+def stacked(convs: Sequence[SparseConv2d], x: Tensor) -> Tensor:
+    """cat([conv(x) for conv in convs], 1), see ``joined``."""
+    one = _as_one(convs, x)
+    if one is not None and one[0].shape[1] == sum(conv.out_channels for conv in convs):
+        return one[0]
+    return torch.cat([conv(x) for conv in convs] if one is None else split(*one), 1)
+
+
+def _as_one(convs: Sequence[SparseConv2d], x: Tensor) -> tuple[Tensor, list[tuple[int, int]]] | None:
+    """The outputs of all convolutions in one tensor, and where in it those of each are."""
+    kinds = {(conv.kernel_size, conv.stride, conv.subsets, conv.bias is None) for conv in convs}
+    if len(kinds) > 1 or convs[0].kernel_size > 1:
+        raise ValueError(f"Expected 1 x 1 convolutions of one stride. Got {', '.join(map(str, convs))}.")
+    if not all(map(unwatched, convs)):
+        return None
+    widths, stages = [conv.out_channels for conv in convs], {conv.stage == "compact" for conv in convs}
+    bias = None if convs[0].bias is None else torch.cat([conv.bias for conv in convs])  # type: ignore[misc]
+    if stages == {False}:
+        y = F.conv2d(x, torch.cat([conv.dense_weight() for conv in convs]), bias, (convs[0].stride, 1))
+        return y, spans(widths)
+    patterns = tuple(conv.pattern for conv in convs if conv.pattern is not None)
+    pattern = _join(patterns) if stages == {True} else None
+    if pattern is None:
+        return None
+    values, rooms = torch.cat([conv.values for conv in convs]), _rooms(patterns)  # type: ignore[misc]
+    if bias is not None and pattern.shape[0] > bias.numel():
+        bias = torch.cat([F.pad(conv.bias, (0, room - width))  # type: ignore[arg-type]
+                          for conv, room, width in zip(convs, rooms, widths, strict=True)])
+    y = temporal_conv(x, values, pattern, bias, convs[0].stride)
+    return y, [(begin, begin + width) for (begin, _), width in zip(spans(rooms), widths, strict=True)]
+
+
+def sum_over_graphs(convs: Sequence[SparseConv2d], x: Tensor, graphs: Tensor) -> Tensor:
+    """y = sum over k of conv_k(x G_k): (N, I, T, V) and a graph of every sample (N, K, V, V) -> (N, O, T, V).
+
+    Compact 1 x 1 convolutions of one block are one graph convolution, in which no x G_k exists as a whole.
+    """
+    watched = not all(map(unwatched, convs))
+    patterns = tuple(conv.pattern for conv in convs if conv.pattern is not None and conv.stage == "compact")
+    if watched or len(patterns) < len(convs) or len({pattern.block for pattern in patterns}) > 1:
+        z = graph_product(x, graphs).unflatten(1, (len(convs), -1))
+        if watched or patterns:
+            return torch.stack([conv(part) for conv, part in zip(convs, z.unbind(1), strict=True)]).sum(0)
+        weight, offset = torch.cat([conv.dense_weight() for conv in convs], 1), None
+        if convs[0].bias is not None:
+            offset = torch.stack([conv.bias for conv in convs]).sum(0)  # type: ignore[misc]
+        return F.conv2d(z.flatten(1, 2), weight, offset)
+    pattern, order = _stack(patterns)
+    values = torch.cat([conv.values for conv in convs])[order]  # type: ignore[misc]
+    offset = None if convs[0].bias is None else torch.stack([conv.bias for conv in convs]).sum(0)  # type: ignore[misc]
+    return graph_conv(x, values, pattern, graphs.to(x.dtype), offset=offset)
+
+
+_joins: WeakIdKeyDictionary = WeakIdKeyDictionary()  # first pattern -> the patterns joined, and their join
+
+
+def _is(reference: weakref.ref[BlockPattern], pattern: BlockPattern) -> bool:
+    return reference() is pattern
+
+
+def _rooms(patterns: Sequence[BlockPattern]) -> list[int]:
+    """Outputs of each pattern in their join: whole blocks, but for the last one."""
+    whole = [-(-p.shape[0] // p.block[0]) * p.block[0] for p in patterns]
+    return [*whole[:-1], patterns[-1].shape[0]]
+
+
+def _join(patterns: tuple[BlockPattern, ...]) -> BlockPattern | None:
+    """The pattern of the weights one below the other, see ``_rooms``; None if they cannot be joined or it does not pay."""
+    kept = _joins.get(patterns[0])
+    if kept is not None and len(kept[0]) == len(patterns) - 1 and all(map(_is, kept[0], patterns[1:])):
+        return kept[1]
+    block, (_, inputs, taps) = patterns[0].block, patterns[0].shape
+    together, outputs = None, sum(_rooms(patterns))
+    if all(p.block == block for p in patterns) and 2 * outputs <= 3 * sum(p.shape[0] for p in patterns):
+        together = BlockPattern.from_blocks(torch.cat([p.blocks() for p in patterns]), (outputs, inputs, taps), block)
+    _joins[patterns[0]] = (tuple(map(weakref.ref, patterns[1:])), together)
+    return together
+
+
+_stacks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # first pattern -> the others, their stack, and the order of its blocks
+
+
+def _stack(patterns: tuple[BlockPattern, ...]) -> tuple[BlockPattern, Tensor]:
+    """1 x 1 patterns (O, I, 1) as the taps of one (O, I, K), and where each of its blocks is among all of theirs."""
+    kept = _stacks.get(patterns[0])
+    if kept is not None and len(kept[0]) == len(patterns) - 1 and all(map(_is, kept[0], patterns[1:])):
+        return kept[1]
+    live = torch.cat([pattern.blocks() for pattern in patterns], 2)
+    outputs, inputs, _ = patterns[0].shape
+    stack = BlockPattern.from_blocks(live, (outputs, inputs, len(patterns)), patterns[0].block).to(live.device)
+    place, before = torch.zeros(live.shape, dtype=torch.long, device=live.device), 0
+    for k, pattern in enumerate(patterns):
+        place[pattern.rows, pattern.input.long(), k] = torch.arange(pattern.num_blocks, device=live.device) + before
+        before += pattern.num_blocks
+    with torch.inference_mode(False):  # what is kept must serve training too
+        order = place[stack.rows, stack.input.long(), stack.tap.long()].clone()
+    _stacks[patterns[0]] = (tuple(map(weakref.ref, patterns[1:])), (stack, order))
+    return stack, order
