@@ -25,7 +25,7 @@ void block_output_backward(const TemporalShape& s, int64_t channels, const Block
           sums.of(chunk)[c].add(row, b.y + at, count, b.second.mean[c]);
           stream_row(d.g + at, row, count);
         }
-    stream_fence();
+    end_stream();
   });
   finish_slopes(sums, b.second, (double)s.N * (double)pixels, slope, d.dgamma2, d.dbeta2);
 }
@@ -217,7 +217,7 @@ void block_temporal_backward(const TemporalShape& s, const Pattern& p, const Blo
       pass.run(n, offset, transposed, dw, dbias, sums.of(chunk));
     }
     clear_ragged(p, dw);
-    stream_fence();
+    end_stream();
   });
   add_chunks(partial, chunks, p.blocks, p.bi * p.bo, Lasso<S>{}, d.dtemporal, threads);
   if (d.dbias) add_chunks(partial_bias, chunks, p.O, 1, Lasso<S>{}, d.dbias, 1);
@@ -302,7 +302,7 @@ void block_graph_backward(const TemporalShape& s, const Pattern& p, const Adjace
       }
     }
     clear_ragged(p, dw);
-    stream_fence();
+    end_stream();
   });
   add_chunks(partial, chunks, p.blocks, p.bi * p.bo, Lasso<S>{}, d.dgraph, threads);
   if (d.dbias_map) add_chunks(partial_bias, chunks, p.O, V, Lasso<S>{}, d.dbias_map, 1);

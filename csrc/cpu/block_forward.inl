@@ -48,7 +48,7 @@ void block_graph_forward(const TemporalShape& s, const Pattern& p, const Adjacen
         leave(rows, plan.ld, live, frames * V, b.z + ((n * p.O + c) * T + t0) * V, T * V, moments.of(chunk) + c);
       }
     }
-    stream_fence();
+    end_stream();
   });
   finish_moments(moments, b.first);
 }
@@ -78,7 +78,7 @@ void block_temporal_forward(const TemporalShape& s, const Pattern& p, const Bloc
           leave(rows, sweep, live, count, b.y + (n * p.O + c) * ldy + t0 * s.V + at, ldy, moments.of(chunk) + c);
         }
     }
-    stream_fence();
+    end_stream();
   });
   finish_moments(moments, b.second);
 }
@@ -99,7 +99,7 @@ void block_output(const TemporalShape& s, int64_t channels, const BlockTensors<S
       else
         stream_pixels(b.out + at, pixels, [&](auto read) __attribute__((always_inline)) { return rectify<S>(affine(read(y))); });
     }
-    stream_fence();
+    end_stream();
   });
 }
 

@@ -2,20 +2,6 @@
 // buffer that stays in L1, its sums are taken there, and it leaves for memory past the caches: a store into a line that is in
 // no cache would first read it. Sums over the batch are partial sums over fixed ranges of tiles, joined in order.
 
-#if VECTOR_BYTES == 64
-INLINE void stream(float* p, Vec<float> v) { _mm512_stream_ps(p, (__m512)v); }
-INLINE void stream(double* p, Vec<double> v) { _mm512_stream_pd(p, (__m512d)v); }
-INLINE void stream_fence() { _mm_sfence(); }
-#elif VECTOR_BYTES == 32
-INLINE void stream(float* p, Vec<float> v) { _mm256_stream_ps(p, (__m256)v); }
-INLINE void stream(double* p, Vec<double> v) { _mm256_stream_pd(p, (__m256d)v); }
-INLINE void stream_fence() { _mm_sfence(); }
-#else
-template <class S>
-INLINE void stream(S* p, Vec<S> v) { store(p, v); }
-INLINE void stream_fence() {}
-#endif
-
 template <class S>
 INLINE Part<S> first_lanes(int64_t count) { return {0, (int32_t)count}; }
 
@@ -40,7 +26,7 @@ INLINE void stream_pixels(S* to, int64_t pixels, F value) {
     const Part<S> some = first_lanes<S>(count);
     store_part(to + p, value([&](const S* row) __attribute__((always_inline)) { return load_part(row + p, some); }), some);
   };
-  int64_t p = min64(pixels, (int64_t)((VECTOR_BYTES - (uintptr_t)to % VECTOR_BYTES) % VECTOR_BYTES / sizeof(S)));
+  int64_t p = min64(pixels, until_aligned(to));
   if (p) part(0, p);
   for (; p + L <= pixels; p += L)
     stream(to + p, value([&](const S* row) __attribute__((always_inline)) { return load(row + p); }));
