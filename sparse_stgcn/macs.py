@@ -3,12 +3,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .backbones.aagcn import AdaptiveGraphUnit
-from .backbones.ctrgcn import ChannelGraph, ChannelGraphUnit
+from .backbones.ctrgcn import ChannelGraphUnit
 from .backbones.dgstgcn import GroupGraphUnit
 from .backbones.stgcn import GraphUnit
 from .layers import SparseConv2d
@@ -129,17 +130,16 @@ def _adaptive_unit(unit: AdaptiveGraphUnit, x: Tensor, y: Tensor) -> Counted:
 
 
 def _channel_unit(unit: ChannelGraphUnit, x: Tensor, y: Tensor) -> Counted:
-    product = y.shape[0] * y.shape[1] * y.shape[2] * unit.A.numel()
-    return [("", "aggregation", product, product)]
-
-
-def _channel_graph(unit: ChannelGraph, x: Tensor, y: Tensor) -> Counted:
-    batch, frames, joints = y.shape[0], y.shape[2], y.shape[3]
-    maps = batch * joints * joints
-    # PYSKL embeds all frames before the mean; the hooks of conv1 and conv2 have counted one of them.
-    rest = (_size(unit.conv1) + _size(unit.conv2)) * batch * joints * (frames - 1)
-    return [(".conv4", "1x1", _size(unit.conv4) * maps, _kept(unit.conv4) * maps),
-            (" (embeddings of all frames)", "1x1", rest, 0)]
+    batch, channels, frames, joints = y.shape
+    product, maps = batch * channels * frames * unit.A.numel(), batch * joints * joints
+    counted: Counted = [("", "aggregation", product, product)]
+    convs: Any = unit.convs
+    for k, conv in enumerate(convs):  # the unit runs conv4 of all subsets itself, so that no hook sees it
+        counted.append((f".convs.{k}.conv4", "1x1", _size(conv.conv4) * maps, _kept(conv.conv4) * maps))
+        # PYSKL embeds all frames before the mean; the hooks of conv1 and conv2 have counted one of them.
+        rest = (_size(conv.conv1) + _size(conv.conv2)) * batch * joints * (frames - 1)
+        counted.append((f".convs.{k} (embeddings of all frames)", "1x1", rest, 0))
+    return counted
 
 
 def _group_unit(unit: GroupGraphUnit, x: Tensor, y: Tensor) -> Counted:
@@ -154,7 +154,6 @@ _COUNTERS: dict[type | tuple[type, ...], Callable] = {
     GraphUnit: _graph_unit,
     AdaptiveGraphUnit: _adaptive_unit,
     ChannelGraphUnit: _channel_unit,
-    ChannelGraph: _channel_graph,
     GroupGraphUnit: _group_unit,
 }
 
