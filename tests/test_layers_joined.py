@@ -46,7 +46,8 @@ def test_equals_one_by_one(stage, widths, block, stride, bias):
 
 def test_which_are_one_product(monkeypatch):
     calls = []
-    monkeypatch.setattr("sparse_stgcn.layers.temporal_conv", lambda *given: calls.append(given) or temporal_conv(*given))
+    for module in ("joins", "layers"):
+        monkeypatch.setattr(f"sparse_stgcn.{module}.temporal_conv", lambda *given: calls.append(given) or temporal_conv(*given))
     x = normal(2, 12, 9, 25, seed=1, dtype=torch.float64)
     for widths, expected in (((16, 14, 10), 1), ((10, 11, 9), 1), ((3, 2, 5), 3)):
         joined(convolutions(widths, (8, 1), "compact"), x)

@@ -73,7 +73,7 @@ class AdaptiveGraphUnit(nn.Module):
 
     def _attend(self, y: Tensor) -> Tensor:
         layers = (self.conv_sa, self.conv_ta, self.fc1c, self.fc2c)
-        if all(map(unwatched, layers)) and not torch.is_autocast_enabled(y.device.type) and runs_natively("attend", y):
+        if all(map(unwatched, layers)) and runs_natively("attend", y) and not torch.is_autocast_enabled(y.device.type):
             return attend(y, *(p for layer in layers for p in (layer.weight, layer.bias)))  # type: ignore[arg-type]
         y = y * (1 + torch.sigmoid(self.conv_sa(y.mean(2)))).unsqueeze(2)
         y = y * (1 + torch.sigmoid(self.conv_ta(y.mean(3)))).unsqueeze(3)
