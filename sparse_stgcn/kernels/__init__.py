@@ -10,5 +10,7 @@ from .norm import norm
 from .pattern import BlockPattern
 from .temporal_conv import temporal_conv
 
+from . import gpu  # isort: skip  # noqa: F401  (registers the kernels of a GPU for the ops that are defined above)
+
 __all__ = ["BlockPattern", "Lasso", "Support", "attend", "backends", "graph_conv", "group_lasso", "lasso_terms", "norm",
            "temporal_conv"]
