@@ -93,23 +93,26 @@ _4 = (16, 4, 2)  # slots, warps, stages
 _8 = (16, 8, 2)
 _NARROW = _graph(GraphConfig(8, 4, *_4), GraphConfig(16, 4, *_4), GraphConfig(32, 2, *_4))
 _NARROW_8 = _graph(GraphConfig(8, 4, *_8), GraphConfig(16, 4, *_4), GraphConfig(32, 2, *_8))
+_NARROW_FMA = _NARROW | {16: GraphConfig(16, 4, *_8)}
 _NARROW_DW = _graph(GraphConfig(8, 2, *_8), GraphConfig(16, 2, *_4), GraphConfig(16, 2, *_4))
 _BROAD = _graph(GraphConfig(8, 2, *_8), GraphConfig(16, 1, *_8), GraphConfig(16, 1, *_8))
-_BROAD_DW = _graph(GraphConfig(8, 1, *_8), GraphConfig(16, 1, *_8), GraphConfig(16, 1, *_8))
+_BROAD_DW = _graph(GraphConfig(8, 1, 16, 8, 1), GraphConfig(16, 1, 16, 8, 1), GraphConfig(16, 1, 16, 8, 1))
 
 GRAPH_CONV: dict[tuple[str, int, str], _Graph] = {
-    **{("graph_conv_forward", 32, arithmetic): _NARROW for arithmetic in ARITHMETIC},
-    **{("graph_conv_dadjacency", 32, arithmetic): _NARROW for arithmetic in ARITHMETIC},
+    **{(kernel, 32, a): _NARROW for kernel in ("graph_conv_forward", "graph_conv_dadjacency") for a in ("tf32", "half")},
+    **{(kernel, 32, "float32"): _NARROW_FMA for kernel in ("graph_conv_forward", "graph_conv_dadjacency")},
     ("graph_conv_dx", 32, "float32"): _NARROW,
     ("graph_conv_dx", 32, "tf32"): _NARROW,
     ("graph_conv_dx", 32, "half"): _NARROW_8,
-    ("graph_conv_dw", 32, "float32"): _NARROW_DW,
+    ("graph_conv_dw", 32, "float32"): _graph(GraphConfig(8, 2, *_8), GraphConfig(16, 2, *_8), GraphConfig(16, 2, *_8)),
     ("graph_conv_dw", 32, "tf32"): _NARROW_DW | {8: GraphConfig(8, 2, *_4), 16: GraphConfig(16, 2, *_8)},
     ("graph_conv_dw", 32, "half"): _NARROW_DW,
     **{("graph_conv_forward", 64, arithmetic): _BROAD for arithmetic in ARITHMETIC},
     **{("graph_conv_dadjacency", 64, arithmetic): _BROAD for arithmetic in ARITHMETIC},
     **{("graph_conv_dx", 64, arithmetic): _BROAD for arithmetic in ARITHMETIC},
-    **{("graph_conv_dw", 64, arithmetic): _BROAD_DW for arithmetic in ARITHMETIC},
+    ("graph_conv_dw", 64, "float32"): _BROAD_DW,
+    ("graph_conv_dw", 64, "tf32"): _BROAD_DW,
+    ("graph_conv_dw", 64, "half"): _BROAD_DW | dict.fromkeys((32, 64), GraphConfig(32, 1, 16, 8, 1)),
 }
 """(kernel, joints, arithmetic) -> rows (for dx: columns) of a block -> tile, for an adjacency that channels share."""
 
@@ -117,7 +120,7 @@ GRAPH_CONV_PER_CHANNEL: dict[str, GraphConfig] = {
     "graph_conv_forward": GraphConfig(8, 16, 16, 8, 2),
     "graph_conv_dx": GraphConfig(8, 8, 16, 8, 2),
     "graph_conv_dw": GraphConfig(8, 4, 16, 8, 1),
-    "graph_conv_dadjacency": GraphConfig(8, 16, 16, 8, 2),
+    "graph_conv_dadjacency": GraphConfig(8, 8, 16, 8, 2),
 }
 """kernel -> tile, for an adjacency per channel and 32 joints: 8 matrices at once leave no registers for 64 joints."""
 

@@ -22,7 +22,18 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .launch import arithmetic_of, capability_of, epilogue, new_frames, precisions, readable, refuse, strides, unsupported
+from .launch import (
+    arithmetic_of,
+    capability_of,
+    epilogue,
+    new_frames,
+    on_its_device,
+    precisions,
+    readable,
+    refuse,
+    strides,
+    unsupported,
+)
 from .plan import plan_of
 
 
@@ -133,6 +144,7 @@ def joints_of(vertices: int) -> int:
     return next(joints for joints in configs.JOINTS if vertices <= joints)
 
 
+@on_its_device
 def graph_conv(
     x: Tensor,
     values: Tensor,

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import configs
 from .graph_conv import hidden_rows, joints_of
 from .graph_conv_backward import load_rows
-from .launch import arithmetic_of, capability_of, precisions, readable, refuse, strides, sum_parts, unsupported
+from .launch import arithmetic_of, capability_of, on_its_device, precisions, readable, refuse, strides, sum_parts, unsupported
 from .plan import plan_of
 
 
@@ -75,6 +75,7 @@ def graph_conv_dadjacency_kernel(
     tl.store(partial + at, sums.to(partial.dtype.element_ty), mask=edge)
 
 
+@on_its_device
 def graph_conv_dadjacency(
     x: Tensor,
     dy: Tensor,

@@ -23,7 +23,18 @@ from torch import Tensor
 
 from . import configs
 from .graph_conv import adjacency_strides, joints_of, through_graph, to_pixels, to_rows
-from .launch import arithmetic_of, capability_of, epilogue, precisions, readable, refuse, strides, sum_parts, unsupported
+from .launch import (
+    arithmetic_of,
+    capability_of,
+    epilogue,
+    on_its_device,
+    precisions,
+    readable,
+    refuse,
+    strides,
+    sum_parts,
+    unsupported,
+)
 from .plan import plan_of
 
 
@@ -149,6 +160,7 @@ def graph_conv_dw_kernel(
             tl.store(partial + (split * total + at), sums, mask=stored)
 
 
+@on_its_device
 def graph_conv_dx(
     dy: Tensor,
     values: Tensor,
@@ -192,6 +204,7 @@ def graph_conv_dx(
     return dx
 
 
+@on_its_device
 def graph_conv_dw(
     x: Tensor,
     dy: Tensor,

@@ -9,6 +9,10 @@ copied them, which moves more bytes than it saves unless every row is read sever
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +21,20 @@ from torch import Tensor
 from . import configs
 
 ARITHMETIC = {torch.float32: "float32", torch.bfloat16: "half", torch.float16: "half"}
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def on_its_device(function: _Function) -> _Function:
+    """Launches on the GPU that the first argument lies on, whichever is the current one."""
+
+    @wraps(function)
+    def call(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return function(first, *args, **kwargs)
+
+    return cast(_Function, call)
 
 
 def unsupported(dtype: torch.dtype, vertices: int = 1, adjacency_dims: int = 3) -> str | None:

@@ -80,8 +80,9 @@ def _build(row_ptr: Tensor, input: Tensor, tap: Tensor, shape: tuple[int, int, i
     lengths = (row_ptr[1:] - row_ptr[:-1]).long()
     block_row = torch.repeat_interleave(torch.arange(lengths.numel(), device=device), lengths)
     channel = input.long()[:, None] * bi + torch.arange(bi, device=device)
+    place: Tensor | None = None
     if rows == bo:
-        place, channel = None, channel.reshape(-1)
+        channel = channel.reshape(-1)
         slot_row, slot_tap = block_row.repeat_interleave(bi), tap.long().repeat_interleave(bi)
     else:
         out = block_row[:, None, None] * bo + torch.arange(bo, device=device)

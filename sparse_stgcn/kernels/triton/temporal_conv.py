@@ -22,7 +22,18 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .launch import arithmetic_of, capability_of, epilogue, new_frames, precisions, readable, refuse, strides, unsupported
+from .launch import (
+    arithmetic_of,
+    capability_of,
+    epilogue,
+    new_frames,
+    on_its_device,
+    precisions,
+    readable,
+    refuse,
+    strides,
+    unsupported,
+)
 from .plan import plan_of
 
 
@@ -64,6 +75,7 @@ def temporal_conv_forward_kernel(
     tl.store(y + (n * y_n + out * y_c + at_s * y_t + at_v), sums.to(y.dtype.element_ty), mask=live_output)
 
 
+@on_its_device
 def temporal_conv(
     x: Tensor,
     values: Tensor,

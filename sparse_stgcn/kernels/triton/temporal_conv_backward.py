@@ -26,6 +26,7 @@ from .launch import (
     arithmetic_of,
     capability_of,
     epilogue,
+    on_its_device,
     precisions,
     readable,
     refuse,
@@ -123,6 +124,7 @@ def temporal_conv_dw_kernel(
         tl.store(partial + (split * total + at), sums, mask=stored)
 
 
+@on_its_device
 def temporal_conv_dx(
     dy: Tensor,
     values: Tensor,
@@ -168,6 +170,7 @@ def temporal_conv_dx(
     return dx
 
 
+@on_its_device
 def temporal_conv_dw(
     x: Tensor,
     dy: Tensor,
