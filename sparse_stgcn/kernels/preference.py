@@ -1,7 +1,8 @@
 """Which GPU kernel runs where both Triton and CUDA can: plain data, decided by the static model's predicted times.
 
-A prediction, not a measurement: benchmark/gpu_model.py counts what each kernel moves and computes, and tests/test_gpu_model.py
-checks that this table is what it says for the shapes of ST-GCN. SPARSE_STGCN_BACKEND overrides it.
+A prediction, not a measurement: benchmark/gpu_model.py counts what each kernel moves and issues, results/gpu_model_*.json holds
+the outcome at the shapes of ST-GCN, and tests/test_gpu_model.py checks that this table is what they say (the smaller geometric
+mean over shapes and sparsities). SPARSE_STGCN_BACKEND overrides it.
 """
 from __future__ import annotations
 
@@ -9,18 +10,22 @@ import torch
 
 ARITHMETIC = {torch.float32: "float32", torch.bfloat16: "half", torch.float16: "half"}
 
-DEFAULT = {
-    ("temporal_conv", "forward"): "cuda",
-    ("temporal_conv", "dX"): "cuda",
-    ("temporal_conv", "dW"): "cuda",
-    ("graph_conv", "forward"): "cuda",
-    ("graph_conv", "dX"): "triton",
-    ("graph_conv", "dW"): "triton",
-}
-"""(op, direction) -> kernel."""
-
-EXCEPTIONS: dict[tuple[str, str, str, str], str] = {}
-"""(op, direction, arithmetic, kind of block) -> kernel, where it is not the default."""
+TRITON = frozenset({
+    ("ampere", "graph_conv", "dW", "float32", "cover"),
+    ("ampere", "graph_conv", "dW", "float32", "square"),
+    ("ampere", "graph_conv", "dW", "float32", "vector"),
+    ("ampere", "graph_conv", "dW", "tf32", "square"),
+    ("ampere", "graph_conv", "dX", "tf32", "square"),
+    ("ampere", "temporal_conv", "dW", "float32", "cover"),
+    ("ampere", "temporal_conv", "dW", "float32", "square"),
+    ("ampere", "temporal_conv", "dW", "float32", "vector"),
+    ("hopper", "graph_conv", "dW", "tf32", "square"),
+    ("hopper", "graph_conv", "dX", "tf32", "square"),
+    ("hopper", "temporal_conv", "dW", "float32", "cover"),
+    ("hopper", "temporal_conv", "dW", "float32", "square"),
+})
+"""(family, op, direction, arithmetic, kind of block) for which Triton's kernel is predicted faster; CUDA's is for all others.
+Cards later than Hopper have no prediction and use Hopper's."""
 
 
 def kind_of(block: tuple[int, int]) -> str:
@@ -29,5 +34,6 @@ def kind_of(block: tuple[int, int]) -> str:
 
 
 def faster(capability: int, op: str, direction: str, arithmetic: str, block: tuple[int, int]) -> str:
-    """"triton" or "cuda", for a compute capability such as 80 or 90; cards later than 9.0 have Triton's own instructions."""
-    return EXCEPTIONS.get((op, direction, arithmetic, kind_of(block)), DEFAULT[op, direction])
+    """"triton" or "cuda", for a compute capability such as 80 or 90."""
+    family = "ampere" if capability < 90 else "hopper"
+    return "triton" if (family, op, direction, arithmetic, kind_of(block)) in TRITON else "cuda"
