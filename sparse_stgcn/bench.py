@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from . import backbones, sparsity
-from .benchmark import networks, ops, scaling
+from .benchmark import gpu_model, networks, ops, scaling
+from .benchmark.gpu_cards import CARDS
 from .benchmark.measure import environment
 from .benchmark.networks import Pattern, Setting
 from .benchmark.table import Row, markdown, pivot
@@ -48,6 +49,9 @@ class BenchConfig:
     """Each round times every candidate once, in turn; medians are printed."""
     compile: bool = True
     """Include torch.compile among the dense engines."""
+    gpu_model: str | None = None
+    """h100 or a100: print what a static model predicts for the GPU kernels on that card instead, at ST-GCN's shapes; no GPU is
+    needed and nothing is measured."""
     out: str | None = None
     """JSON file for the rows and what they depend on; a markdown file is written beside it."""
 
@@ -55,6 +59,8 @@ class BenchConfig:
         """Raise UserError for a flag that cannot be right."""
         for what in self.what:
             one_of("--what", what, list(WHAT))
+        if self.gpu_model is not None:
+            one_of("--gpu-model", self.gpu_model, list(CARDS))
         for name in self.backbones:
             one_of("--backbones", name, list(backbones.BACKBONES))
         for rule in self.density:
@@ -136,6 +142,25 @@ def tables(rows: list[Row], grown: list[scaling.Growth]) -> str:
     return "\n\n".join(made + ([scaling.markdown(grown)] if grown else []))
 
 
+def predict(card: str, out: Path | None) -> str:
+    """The static model's table for a card; with ``out`` its rows as JSON and as markdown, marked as predictions.
+
+    Raises:
+        UserError: neither triton nor the CUDA module is there to take registers and tiles from.
+    """
+    rows = gpu_model.predictions(CARDS[card])
+    if not rows:
+        raise UserError("Expected triton or the CUDA module, whose compilers' reports the model reads. Got neither; "
+                        "pip install triton.")
+    summary = gpu_model.summary(CARDS[card], rows)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        kept = {name: value for name, value in environment().items() if name in ("torch", "commit", "date")}
+        out.write_text(gpu_model.to_json({**gpu_model.report(card, rows), "environment": kept}), encoding="utf-8")
+        out.with_suffix(".md").write_text(summary + "\n", encoding="utf-8")
+    return summary
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; see ``--help``. Errors are for ``errors.run`` to report."""
     import tyro
@@ -143,6 +168,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = tyro.cli(BenchConfig, args=argv, prog="python -m sparse_stgcn.bench")
     config.validate()
     out = Path(config.out) if config.out else None
+    if config.gpu_model:
+        print(predict(config.gpu_model, out))
+        return 0
     rows = measure(config, (lambda rows: write(out, config, rows, [])) if out else None)
     grown = growth(config) if "scaling" in config.what else []
     if out:

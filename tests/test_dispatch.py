@@ -1,6 +1,7 @@
 """The choice of a backend is a pure function, so the whole table is tested without any device."""
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -8,10 +9,12 @@ import sys
 import pytest
 import torch
 
-from sparse_stgcn.kernels import backends, dispatch
-from sparse_stgcn.kernels.dispatch import choose
+from sparse_stgcn.kernels import BlockPattern, backends, dispatch, preference, temporal_conv
+from sparse_stgcn.kernels.dispatch import Gpu, Product, choose
 
-F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
+BOTH, NEITHER = Gpu(90), Gpu(90, triton="triton is not installed", cuda="not built")
+TRITON, CUDA = Gpu(80, cuda="not built"), Gpu(80, triton="triton is not installed")
 
 
 @pytest.mark.parametrize(("arguments", "backend", "fallback"), [
@@ -25,12 +28,72 @@ F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
     ({"device": "cpu", "dtype": F32, "forced": "reference"}, "reference", False),
     ({"device": "cpu", "dtype": F32, "forced": "native"}, "native", False),
     ({"device": "cuda", "dtype": F32}, "reference", True),
+    ({"device": "xpu", "dtype": F32}, "reference", True),
     ({"device": "meta", "dtype": F32}, "reference", False),
 ], ids=lambda v: "-".join(str(x) for x in v.values()) if isinstance(v, dict) else "")
 def test_table(arguments, backend, fallback):
     choice = choose("graph_conv", **arguments)
     assert (choice.backend, choice.fallback) == (backend, fallback)
     assert choice.reason
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("direction", ["forward", "dX", "dW"])
+@pytest.mark.parametrize("op", dispatch.GPU_OPS)
+def test_a_gpu_with_one_kernel_runs_that_one(op, direction, dtype):
+    product = Product(op, direction)
+    assert choose(op, "cuda", dtype, gpu=TRITON, product=product).backend == "triton"
+    assert choose(op, "cuda", dtype, gpu=CUDA, product=product).backend == "cuda"
+    chosen = choose(op, "cuda", dtype, gpu=NEITHER, product=product)
+    assert (chosen.backend, chosen.fallback) == ("reference", True)
+    assert "not installed" in chosen.reason and "not built" in chosen.reason
+
+
+@pytest.mark.parametrize("block", [(8, 1), (16, 1), (1, 1), (4, 4), (16, 16), (32, 32)], ids=str)
+@pytest.mark.parametrize("direction", ["forward", "dX", "dW"])
+@pytest.mark.parametrize("op", dispatch.GPU_OPS)
+def test_of_two_kernels_the_one_predicted_faster_runs(op, direction, block):
+    for dtype in (F32, BF16, F16):
+        chosen = choose(op, "cuda", dtype, gpu=BOTH, product=Product(op, direction, block))
+        assert chosen.backend == preference.faster(90, op, direction, preference.ARITHMETIC[dtype], block)
+        assert not chosen.fallback and "predicted" in chosen.reason
+
+
+@pytest.mark.parametrize(("gpu", "dtype", "product", "backend", "reason"), [
+    (BOTH, F64, Product("temporal_conv"), "reference", "float64"),
+    (BOTH, torch.int32, Product("temporal_conv"), "reference", "int32"),
+    (Gpu(75), F32, Product("temporal_conv"), "reference", "compute capability 8.0, not 7.5"),
+    (None, F32, Product("temporal_conv"), "reference", "no GPU is visible"),
+    (BOTH, F32, Product("temporal_conv", vertices=500), None, ""),
+    (BOTH, F32, Product("graph_conv", vertices=65), "cuda", "up to 64 vertices"),
+    (BOTH, F32, Product("graph_conv", vertices=33, adjacency_dims=5), "cuda", "32 vertices with an adjacency per channel"),
+    (TRITON, F32, Product("graph_conv", vertices=65), "reference", "up to 64 vertices"),
+    (TRITON, BF16, Product("graph_conv", vertices=64), "triton", "not built"),
+    (BOTH, F32, Product("temporal_conv", cuda="a group reads more than 16384 rows"), "triton", "16384 rows"),
+    (CUDA, F32, Product("temporal_conv", cuda="a group reads more than 16384 rows"), "reference", "16384 rows"),
+])
+def test_what_a_kernel_refuses(gpu, dtype, product, backend, reason):
+    chosen = choose(product.op, "cuda", dtype, gpu=gpu, product=product)
+    assert chosen.backend == (backend or preference.faster(90, product.op, "forward", "float32", product.block))
+    assert chosen.fallback == (chosen.backend == "reference")
+    assert reason in chosen.reason
+
+
+@pytest.mark.parametrize("forced", ["triton", "cuda"])
+def test_a_backend_can_be_forced_on_a_gpu(forced):
+    assert choose("graph_conv", "cuda", BF16, gpu=BOTH, forced=forced).backend == forced
+    with pytest.raises(ValueError, match=f"SPARSE_STGCN_BACKEND={forced}.*float64"):
+        choose("graph_conv", "cuda", F64, gpu=BOTH, forced=forced)
+    with pytest.raises(ValueError, match="not (installed|built)"):
+        choose("graph_conv", "cuda", F32, gpu=NEITHER, forced=forced)
+    with pytest.raises(ValueError, match="native does not run on cuda"):
+        choose("graph_conv", "cuda", F32, gpu=BOTH, forced="native")
+    assert choose("graph_conv", "cuda", F64, gpu=BOTH, forced="reference").backend == "reference"
+
+
+def test_the_group_lasso_alone_has_no_gpu_kernel():
+    chosen = choose("group_lasso", "cuda", F32, gpu=BOTH)
+    assert (chosen.backend, chosen.fallback) == ("reference", True)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -48,6 +111,72 @@ def test_every_backend_is_reported_with_a_reason():
     report = backends()
     assert set(report) == set(dispatch.BACKENDS)
     assert all(report.values())
+
+
+def test_a_fallback_warns_once_and_names_its_reason(monkeypatch):
+    """float64 on a GPU: what the GPU would do, on a CPU tensor."""
+    monkeypatch.setattr(dispatch, "choose", lambda op, device, dtype, **more: choose(op, "cuda", dtype, **more))
+    monkeypatch.setattr(dispatch, "gpu_of", lambda device: BOTH)
+    monkeypatch.setattr(dispatch, "_warned", set())
+    pattern = BlockPattern.full((8, 4, 1))
+    x, values = torch.randn(1, 4, 3, 5, dtype=F64), torch.randn(pattern.values_shape, dtype=F64)
+    with pytest.warns(UserWarning, match="dense PyTorch reference: .*float64") as caught:
+        for _ in range(3):
+            temporal_conv(x, values, pattern)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_what_is_missing_is_explained(monkeypatch):
+    """Without a GPU, without triton and without the CUDA module: everything imports, and says what is not there."""
+    code = ("import sys; sys.modules['triton'] = None; sys.modules['sparse_stgcn._cuda'] = None; import torch\n"
+            "torch.cuda.is_available = lambda: False\n"
+            "from sparse_stgcn.kernels import backends\nimport json; print(json.dumps(backends()))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    report = json.loads(done.stdout)
+    assert "triton is not installed" in report["triton"]
+    assert "not built" in report["cuda"] or "left out" in report["cuda"]
+    monkeypatch.setattr(dispatch, "_gpu_at", lambda index: BOTH)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H100")
+    assert backends()["triton"].startswith("available (triton") and "H100" in backends()["triton"]
+    monkeypatch.setattr(dispatch, "_gpu_at", lambda index: Gpu(75))
+    assert "8.0" in backends()["triton"]
+
+
+@pytest.mark.parametrize("name", ["temporal_conv", "temporal_conv_dx", "temporal_conv_dw", "pointwise_conv_backward",
+                                  "adjacency_conv", "adjacency_conv_dx", "adjacency_conv_dw"])
+def test_the_ops_are_registered_for_gpus(name):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sparse_stgcn::{name}", "CUDA")
+
+
+def test_shapes_of_gpu_tensors_are_known_without_a_gpu(monkeypatch):
+    """Fake tensors on "cuda" go through the public ops and the ops of their gradients, as under torch.compile."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from sparse_stgcn.kernels import graph_conv
+
+    monkeypatch.setattr(dispatch, "gpu_of", lambda device: BOTH)
+    ops = torch.ops.sparse_stgcn
+    flat = BlockPattern.full((16, 8, 9))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        def fresh(*shape):
+            return torch.empty(shape, device="cuda", dtype=BF16)
+
+        there = BlockPattern(flat.shape, flat.block, *(torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in (
+            flat.row_ptr, flat.input, flat.tap, flat.t_ptr, flat.t_perm, flat.t_row)), num_live=flat.num_live)
+        index = (there.row_ptr, there.input, there.tap, list(there.shape), list(there.block))
+        x, w, b, c = fresh(2, 8, 10, 25), fresh(*flat.values_shape), fresh(16), fresh(9, 16)
+        y = temporal_conv(x, w, there, b, stride=2)
+        assert (y.shape, y.device.type, y.dtype) == ((2, 16, 5, 25), "cuda", BF16)
+        assert ops.temporal_conv_dx(y, w, *index, 2, 1, 10).shape == x.shape
+        assert [t.shape for t in ops.temporal_conv_dw(x, y, w, None, None, *index, 2, 1)] == [w.shape, b.shape]
+        for outer in ((9,), (2, 9), (2, 9, 16)):
+            a = fresh(*outer, 25, 25)
+            y = graph_conv(x, w, there, a, c, offset=b)
+            assert (y.shape, y.device.type, y.dtype) == ((2, 16, 10, 25), "cuda", BF16)
+            assert [t.shape for t in ops.adjacency_conv_dx(x, y, w, a, c, *index, True, True)] == [x.shape, a.shape]
+            assert [t.numel() for t in ops.adjacency_conv_dx(x, y, w, a, c, *index, False, False)] == [0, 0]
+            assert [t.shape for t in ops.adjacency_conv_dw(x, y, w, a, None, None, *index)] == [w.shape, c.shape]
 
 
 @pytest.mark.parametrize("env", [{"SPARSE_STGCN_BACKEND": "reference"}, {"SPARSE_STGCN_ISA": "none-such"}], ids=str)

@@ -13,7 +13,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="needs triton")
 
-from triton_variants import (  # noqa: E402
+from sparse_stgcn.benchmark.triton_code import (  # noqa: E402
     BLOCKS,
     CAPABILITIES,
     ELEMENT,
@@ -27,7 +27,6 @@ from triton_variants import (  # noqa: E402
     config_of,
     every_variant,
 )
-
 from sparse_stgcn.kernels.triton import configs, function  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not TOOL.exists(), reason="this triton ships no cuobjdump")

@@ -14,5 +14,7 @@ from .pool import max_pool
 from .split import spans, split
 from .temporal_conv import temporal_conv
 
+from . import gpu  # isort: skip  # noqa: F401  (registers the kernels of a GPU for the ops that are defined above)
+
 __all__ = ["BlockPattern", "Lasso", "Support", "append_mean", "attend", "backends", "graph_conv", "graph_product",
            "group_lasso", "lasso_terms", "max_pool", "norm", "share", "spans", "split", "spread_mean", "temporal_conv"]

@@ -45,6 +45,25 @@ def unsupported(dtype: torch.dtype) -> str | None:
     return None
 
 
+def refusal(
+    op: str,
+    product: str,
+    x: Tensor,
+    shape: tuple[int, int, int],
+    block: tuple[int, int],
+    index: Tensor,
+    frames: int,
+    *more: int,
+) -> str | None:
+    """Why no kernel takes a product of this size, or None. op: "TemporalConv" with stride and dilation, or "GraphConv" with
+    the dimensions of the adjacency; product: "forward", "input_gradient" or "weight_gradient"."""
+    try:
+        _prepare(op, product, x, shape, block, index, None, frames, *more)
+    except ValueError as error:
+        return f"the CUDA kernels refuse this size ({str(error).partition('Got: ')[2].rstrip('.')})"
+    return None
+
+
 @lru_cache(maxsize=4096)
 def _launch(op: str, product: str, arithmetic: str, device: int, *sizes: int) -> Any:
     """The launch of one product of one shape: how its work is cut, and how much scratch space it takes."""

@@ -1,4 +1,7 @@
-"""graph_conv: the block-sparse spatial graph convolution. Definition: reference.py; native code: csrc/cpu/graph_conv.inl."""
+"""graph_conv: the block-sparse spatial graph convolution.
+
+Definition: reference.py; on a CPU: csrc/cpu/graph_conv.inl; on a GPU: adjacency_conv.py and gpu.py.
+"""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -11,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _native, reference
 from ._library import LIBRARY, PATTERN_SCHEMA, Lasso, check_values, implement
+from .adjacency_conv import adjacency_conv
 from .dispatch import backend_for
 from .pattern import BlockPattern
 from .sample_graph_conv import sample_graph_conv
@@ -100,9 +104,12 @@ def graph_conv(x: Tensor, values: Tensor, pattern: BlockPattern, adjacency: Tens
     if offset is not None and (tuple(offset.shape) != (out_channels,) or offset.dtype != x.dtype):
         raise ValueError(f"Expected offset of shape ({out_channels},) and dtype {x.dtype}. "
                          f"Got {tuple(offset.shape)}, {offset.dtype}.")
-    if backend_for("graph_conv", x.device, x.dtype, adjacency.dim()) == "reference":
+    backend = backend_for("graph_conv", x.device, x.dtype, adjacency.dim(), joints)
+    if backend != "native":
         if support is not None and adjacency.dim() == 3:
             adjacency = adjacency * (support if isinstance(support, Tensor) else _mask(support, adjacency))
+        if backend != "reference":
+            return adjacency_conv(x, values, pattern, adjacency, bias, offset, lasso)
         y = reference.graph_conv(x, lasso.wrap(values) if lasso else values, pattern, adjacency, bias)
         return y if offset is None else y + offset[:, None, None]
     # Gradients of what is small are float32 until the end too: they are rounded once.

@@ -1,4 +1,7 @@
-"""temporal_conv: the block-sparse k x 1 convolution. Definition: reference.py; native code: csrc/cpu/temporal_conv.inl."""
+"""temporal_conv: the block-sparse k x 1 convolution.
+
+Definition: reference.py; on a CPU: csrc/cpu/temporal_conv.inl; on a GPU: gpu.py.
+"""
 from __future__ import annotations
 
 from typing import Any
@@ -42,9 +45,12 @@ def temporal_conv(x: Tensor, values: Tensor, pattern: BlockPattern, bias: Tensor
     if stride < 1 or dilation < 1:
         raise ValueError(f"Expected stride and dilation of at least 1. Got stride {stride}, dilation {dilation}.")
     check_values(x, values, pattern, bias, (out_channels,))
-    if backend_for("temporal_conv", x.device, x.dtype) == "reference":
+    backend = backend_for("temporal_conv", x.device, x.dtype)
+    if backend == "reference":
         return reference.temporal_conv(x, lasso.wrap(values) if lasso else values, pattern, bias, stride, dilation)
-    values, bias = _native.wide(values), None if bias is None else _native.wide(bias)  # gradients too: rounded once, at the end
+    if backend == "native":
+        # Gradients of what is small are float32 until the end too: they are rounded once.
+        values, bias = _native.wide(values), None if bias is None else _native.wide(bias)
     return _TemporalConv.apply(x, values, bias, pattern.row_ptr, pattern.input, pattern.tap, pattern.shape, pattern.block,
                                stride, dilation, *(lasso or Lasso(None, None)))
 
