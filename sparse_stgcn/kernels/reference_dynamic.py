@@ -26,7 +26,7 @@ def aa_aggregate(x: Tensor, a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> T
 def aa_graph(embedded: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
     """Stored for the backward pass: embedded and a map for each graph."""
     rows = embedded.flatten(3, 4)  # (N, 2, K, R T, V)
-    return A + alpha * torch.tanh(rows[:, 0].mT @ rows[:, 1] / rows.shape[3])
+    return A + alpha * torch.tanh(rows[:, 0].transpose(-1, -2) @ rows[:, 1] / rows.shape[3])
 
 
 def ctr_aggregate(x1: Tensor, x2: Tensor, x3: Tensor, conv4_weight: Tensor, conv4_bias: Tensor, alpha: Tensor,
