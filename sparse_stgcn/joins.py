@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .kernels import BlockPattern, graph_conv, graph_product, share, spans, split, temporal_conv
+from .kernels.dispatch import runs_natively
 from .layers import SparseConv2d, unwatched
 
 __all__ = ["joined", "stacked", "sum_over_graphs"]
@@ -69,14 +72,15 @@ def sum_over_graphs(convs: Sequence[SparseConv2d], x: Tensor, graphs: Tensor) ->
     """
     watched = not all(map(unwatched, convs))
     patterns = tuple(conv.pattern for conv in convs if conv.pattern is not None and conv.stage == "compact")
-    if watched or len(patterns) < len(convs) or len({pattern.block for pattern in patterns}) > 1:
-        z = graph_product(x, graphs).unflatten(1, (len(convs), -1))
-        if watched or patterns:
-            return torch.stack([conv(part) for conv, part in zip(convs, z.unbind(1), strict=True)]).sum(0)
+    if not watched and not patterns and torch.is_grad_enabled() and runs_natively("graph_product", x):
         weight, offset = torch.cat([conv.dense_weight() for conv in convs], 1), None
         if convs[0].bias is not None:
             offset = torch.stack([conv.bias for conv in convs]).sum(0)  # type: ignore[misc]
-        return F.conv2d(z.flatten(1, 2), weight, offset)
+        return F.conv2d(graph_product(x, graphs), weight, offset)
+    if watched or len(patterns) < len(convs) or len({pattern.block for pattern in patterns}) > 1:
+        batch, channels, frames, joints = x.shape
+        rows, parts = x.reshape(batch, -1, joints), zip(convs, graphs.unbind(1), strict=True)
+        return reduce(add, (conv(torch.bmm(rows, graph).view(batch, channels, frames, joints)) for conv, graph in parts))
     pattern, order = _stack(patterns)
     values = torch.cat([conv.values for conv in convs])[order]  # type: ignore[misc]
     offset = None if convs[0].bias is None else torch.stack([conv.bias for conv in convs]).sum(0)  # type: ignore[misc]

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -94,13 +96,13 @@ def ctr_aggregate_sum(embedded: Tensor, wide: Tensor, conv4_weights: Sequence[Te
     if len(blocks) > 1:  # one by one
         parts = [ctr_aggregate_sum(embedded[:, k:k + 1], wide[:, k:k + 1], conv4_weights[k:k + 1], conv4_biases[k:k + 1], alpha,
                                    A[k:k + 1], patterns[k:k + 1]) for k in range(subsets)]  # type: ignore[arg-type]
-        return torch.stack(parts).sum(0)
+        return reduce(add, parts)
     embedded, wide, alpha, A = like(wide, embedded, wide, alpha, A)
     weights, biases = like(wide, *conv4_weights), like(wide, *conv4_biases)
     if backend_for("ctr_aggregate", wide.device, wide.dtype) == "reference":
         parts = [reference_dynamic.ctr_aggregate(embedded[:, k, 0], embedded[:, k, 1], wide[:, k], weights[k], biases[k], alpha,
                                                  A[k], patterns[k]) for k in range(subsets)]
-        return parts[0] if subsets == 1 else torch.stack(parts).sum(0)
+        return reduce(add, parts)
     row_ptr = input = None
     if conv4_patterns is not None:
         row_ptr = torch.stack([pattern.row_ptr for pattern in conv4_patterns])
