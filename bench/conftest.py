@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_stgcn.benchmark.measure import check, environment
+from tests.conftest import pytest_collection_modifyitems  # noqa: F401  (skips what needs a GPU, with the reason)
 
 THREADS = 1  # one thread: a second one on a shared machine measures its neighbours
 
