@@ -1,4 +1,7 @@
-"""The launches of each product on the CUDA kernels, counted from their loops: input of the static model in gpu_model.py."""
+"""The launches of each product on the CUDA kernels: input of the static model in gpu_model.py.
+
+Bytes, products and tiles are counted from the loops; instructions are estimates read off the source.
+"""
 
 from __future__ import annotations
 
