@@ -307,8 +307,7 @@ void block_graph_backward(const TemporalShape& s, const Pattern& p, const Adjace
   add_chunks(partial, chunks, p.blocks, p.bi * p.bo, Lasso<S>{}, d.dgraph, threads);
   if (d.dbias_map) add_chunks(partial_bias, chunks, p.O, V, Lasso<S>{}, d.dbias_map, 1);
   if (!d.dcoef) return;
-  for (int64_t c = 1; c < chunks; c++)
-    for (int64_t j = 0; j < sums; j++) partial_coef[j] += partial_coef[c * sums + j];
+  add_parts(partial_coef, chunks, sums);
   forward.collect(a, partial_coef, d.dcoef);
 }
 

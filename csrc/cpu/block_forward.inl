@@ -91,10 +91,10 @@ void block_output(const TemporalShape& s, int64_t channels, const BlockTensors<S
     for (int64_t c = part * channels / pieces; c < (part + 1) * channels / pieces; c++) {
       const Affine<S> affine = affine_of(b.second, c);
       const int64_t at = (n * channels + c) * pixels;
-      const S *y = b.y + at, *residual = b.residual + at;
+      const S* y = b.y + at;
       if (b.residual)
         stream_pixels(b.out + at, pixels, [&](auto read) __attribute__((always_inline)) {
-          return rectify<S>(affine(read(y)) + read(residual));
+          return rectify<S>(affine(read(y)) + read(b.residual + at));
         });
       else
         stream_pixels(b.out + at, pixels, [&](auto read) __attribute__((always_inline)) { return rectify<S>(affine(read(y))); });
