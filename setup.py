@@ -130,7 +130,7 @@ class NinjaBuild(build_ext):
         link_ = ninja_command(*cxx, *link, "$in", "-o", "$out")
         lines = ["rule cxx", f"  command = {compile_}", "  depfile = $out.d", "  deps = gcc"]
         lines += ["rule link", f"  command = {link_}"]
-        sources = [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+        sources = [*sorted((ROOT / "csrc").glob("bindings*.cpp")), *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
         return lines + self.module_rules("_native", "link", sources, folder)
 
     def cuda_rules(self, folder: Path, nvcc: str) -> list[str]:

@@ -1,0 +1,116 @@
+// What the files of the Python module `sparse_stgcn._native` share: addresses, sizes and strides as they come from Python, and as
+// the kernels take them. Callers (kernels/*.py) have checked shapes and types; the GIL is released while a kernel runs.
+#pragma once
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <vector>
+
+#include "cpu/table.h"
+
+namespace sparse_stgcn::bindings {
+
+namespace py = pybind11;
+
+void bind_convolutions(py::module_& m);  // temporal and graph convolutions, products with graphs, group lasso
+void bind_aggregations(py::module_& m);  // with graphs of the sample
+void bind_units(py::module_& m);         // norm, attention, pooling, means, the block of ST-GCN
+void bind_fused(py::module_& m);         // networks of runtime/
+
+using Address = uintptr_t;
+using Sizes = std::vector<int64_t>;
+
+// (O, I, K, bo, bi, blocks) and the addresses of row_ptr, input, tap.
+inline Pattern pattern(const Sizes& size, const std::array<Address, 3>& index) {
+  return {size[0], size[1], size[2], size[3], size[4], (size[0] + size[3] - 1) / size[3], size[5],
+          (const int32_t*)index[0], (const int32_t*)index[1], (const int32_t*)index[2]};
+}
+
+// Of subsets with `blocks` live blocks each, their indices one after the other; index[0] == 0: dense weights.
+inline std::vector<Pattern> patterns(const Sizes& size, const Sizes& blocks, const std::array<Address, 2>& index) {
+  std::vector<Pattern> list;
+  const auto *row_ptr = (const int32_t*)index[0], *input = (const int32_t*)index[1];
+  for (const int64_t count : blocks) {
+    Pattern p = pattern(size, {(Address)row_ptr, (Address)input, 0});
+    p.blocks = count;
+    list.push_back(p);
+    if (row_ptr) row_ptr += p.rows + 1, input += count;
+  }
+  return list;
+}
+
+template <class S>
+View<const S> view(Address data, const Sizes& stride) {
+  return {(const S*)data, {stride[0], stride[1], stride[2], stride[3]}};
+}
+
+using Addresses = std::vector<Address>;
+using Strides = std::vector<Sizes>;
+
+inline DynamicShape dynamic_shape(const Sizes& size) { return {size[0], size[1], size[2], size[3], size[4], size[5]}; }
+
+template <class S>
+GroupView<S> group_view(Address data, const Sizes& stride) {
+  return {(S*)data, {stride[0], stride[1], stride[2], stride[3], stride[4]}};
+}
+
+// A block's tensors in the order of kernels/stgcn_block.py; those behind them are the gradients.
+template <class S>
+BlockTensors<S> block_tensors(const Addresses& t, const std::array<double, 2>& eps) {
+  const auto in = [&](int i) { return (const S*)t[i]; };
+  const auto norm = [&](int i, double e) { return BlockNorm<S>{in(i), in(i + 1), (S*)t[i + 2], (S*)t[i + 3], (S*)t[i + 4], e}; };
+  return {in(0), in(1), in(2), in(3), in(4), in(5), in(6), norm(7, eps[0]), norm(12, eps[1]), (S*)t[17], (S*)t[18], (S*)t[19]};
+}
+template <class S>
+BlockGradients<S> block_gradients(const Addresses& t, bool identity) {
+  const auto out = [&](int i) { return (S*)t[i]; };
+  return {(const S*)t[0], out(1), out(2),  out(3),  out(4),  out(5), out(6),
+          out(7),         out(8), out(9), out(10), out(11), out(12), identity};
+}
+
+// A View of which only the strides of sample and channel are used.
+template <class S>
+View<S> plane(Address data, const Sizes& stride) {
+  return {(S*)data, {stride[0], stride[1], 0, 0}};
+}
+
+using MeanSizes = std::array<int64_t, 4>;
+inline MeanShape mean_shape(const MeanSizes& size) { return {size[0], size[1], size[2], size[3]}; }
+
+// What is added up, at most max_parts of them.
+template <class S>
+std::vector<View<const S>> planes(const Addresses& data, const Strides& stride) {
+  if (data.size() > (size_t)max_parts)
+    throw std::invalid_argument("Expected at most " + std::to_string(max_parts) + " tensors. Got " + std::to_string(data.size()) + ".");
+  std::vector<View<const S>> views;
+  for (size_t i = 0; i < data.size(); i++) views.push_back(plane<const S>(data[i], stride[i]));
+  return views;
+}
+
+inline AttendShape attend_shape(const std::array<int64_t, 7>& size) {
+  return {size[0], size[1], size[2], size[3], size[4], size[5], size[6]};
+}
+
+// Eight addresses in a row.
+template <class P>
+AttendParameters<P> attend_parameters(const Address* t) {
+  return {(P)t[0], (P)t[1], (P)t[2], (P)t[3], (P)t[4], (P)t[5], (P)t[6], (P)t[7]};
+}
+
+inline TemporalShape temporal_shape(const Sizes& size) { return {size[0], size[1], size[2], size[3], size[4], size[5]}; }
+
+template <class S>
+Lasso<S> lasso(Address masked, Address values, double scale) {
+  return {(const uint8_t*)masked, (const S*)values, (S)scale};
+}
+
+// Calls body with the table of float or double.
+template <class F>
+void typed(bool is_double, F body) {
+  py::gil_scoped_release release;
+  if (is_double) body(table().f64, double{});
+  else body(table().f32, float{});
+}
+
+}  // namespace sparse_stgcn::bindings
