@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_stgcn.kernels import BlockPattern, reference_dynamic
 from sparse_stgcn.kernels.ctr import ctr_aggregate
-from sparse_stgcn.kernels.dynamic import aa_aggregate, dg_aggregate
+from sparse_stgcn.kernels.dynamic import aa_graph, dg_aggregate
 
 SHAPES = [(64, 100), (128, 50), (256, 25)]
 OPS = ["aa", "ctr", "ctr_sparse", "dg"]
@@ -25,8 +25,8 @@ def case(op: str, channels: int, frames: int) -> tuple[Callable[..., Tensor], Ca
     graph, alpha = normal(V, V) / 5, torch.tensor([0.7])
     x = normal(N, channels, frames, V)
     if op == "aa":
-        a, b = normal(N, channels // 4, frames, V), normal(N, channels // 4, frames, V)
-        return aa_aggregate, reference_dynamic.aa_aggregate, [x, a, b, alpha, graph]
+        embedded = normal(N, 2, 3, channels // 4, frames, V)
+        return aa_graph, reference_dynamic.aa_graph, [embedded, alpha, normal(3, V, V) / 5]
     if op == "dg":
         inner = channels // K
         x1, x2 = normal(N, K, inner, V), normal(N, K, inner, V)

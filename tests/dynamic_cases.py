@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from sparse_stgcn import BlockPattern
+from sparse_stgcn.kernels import graph_product
 from sparse_stgcn.kernels.ctr import ctr_aggregate
-from sparse_stgcn.kernels.dynamic import aa_aggregate, dg_aggregate
+from sparse_stgcn.kernels.dynamic import aa_graph, dg_aggregate
 from tests.kernel_cases import assert_within, normal
 
 N, C, R, T, K = 2, 4, 3, 6, 2
@@ -30,6 +31,11 @@ def dg(x: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor, A: Tensor
     attention = torch.einsum("nkcv,nkcw->nkvw", x1, x2).softmax(-2)[:, :, None]
     graph = A[:, None] + alpha * torch.tanh(x1[..., :, None] - x2[..., None, :]) + beta * attention
     return torch.einsum("nkctv,nkcvw->nkctw", x, graph)
+
+
+def aa_aggregate(x: Tensor, a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
+    """One subset of AA-GCN: its graph, and the product with it."""
+    return graph_product(x, aa_graph(torch.stack([a, b], 1)[:, :, None], alpha, A[None]))
 
 
 OURS: dict[str, Callable] = {"aa": aa_aggregate, "ctr": ctr_aggregate, "dg": dg_aggregate}

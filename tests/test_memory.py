@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import platform
+import subprocess
 import sys
 
 import pytest
 
 from sparse_stgcn.benchmark.memory import StepMemory, peak_memory
-from sparse_stgcn.training.memory import keep_freed_memory
 
 SMALL = {"batch": 2, "persons": 1, "threads": 1}
 
@@ -28,5 +29,20 @@ def test_errors():
         peak_memory(StepMemory(plain=True))
 
 
-def test_keep_freed_memory_says_whether_it_can():
-    assert keep_freed_memory() in (True, False)
+FAULTS = """
+import resource, torch
+from sparse_stgcn.training.memory import keep_freed_memory
+if {keep}: assert keep_freed_memory()
+for turn in range(22):
+    if turn == 2: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(10 * 2**20 // 4).fill_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_kept_memory_is_not_fetched_again():
+    """Twenty tensors of 10 MB one after the other: 2560 pages each, fetched anew, or the same ones every time."""
+    returned, kept = (int(subprocess.run([sys.executable, "-c", FAULTS.format(keep=keep)], capture_output=True, text=True,
+                                         check=True).stdout) for keep in (False, True))
+    assert kept < 200 and returned > 10 * kept

@@ -1,10 +1,11 @@
-"""Products with graphs that depend on the sample: the aggregations of AA-GCN and DG-STGCN; that of CTR-GCN is in ctr.py.
+"""Graphs that depend on the sample: those of AA-GCN, and the aggregation of DG-STGCN; that of CTR-GCN is in ctr.py.
 
 Everywhere index v is the joint that sends and w the joint that receives: out[w] = sum over v of in[v] G[v, w].
 Definition: reference_dynamic.py; native code: csrc/cpu/dynamic_aa.inl, dynamic_dg.inl.
 
-Natively a graph is made where it is used, one or eight at a time, and made again in the backward pass: for that the arguments
-are stored and nothing else. tanh has an absolute error of 3 eps, which is what a sum of numbers of size 1 can use.
+Natively the graphs of DG-STGCN and CTR-GCN are made where they are used, one or eight at a time, and all of them again in the
+backward pass: the arguments are stored and nothing else. tanh has an absolute error of 3 eps, which is what a sum of numbers
+of size 1 can use.
 """
 from __future__ import annotations
 
@@ -18,46 +19,16 @@ from . import _native, reference_dynamic
 from ._library import LIBRARY, implement
 from .dispatch import backend_for
 
-__all__ = ["aa_aggregate", "aa_graph", "dg_aggregate"]
+__all__ = ["aa_graph", "dg_aggregate"]
 
 _ops = torch.ops.sparse_stgcn
-
-
-def aa_aggregate(x: Tensor, a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
-    """out[n,c,t,w] = sum over v of x[n,c,t,v] G[n,v,w], with a graph of its own for every sample.
-
-    G[n,v,w] = A[v,w] + alpha tanh(1 / (R T) sum over r, t of a[n,r,t,v] b[n,r,t,w]): the adaptive graph of
-    2s-AGCN (Shi et al. 2019, Eq. 3) with PYSKL's tanh in place of the softmax.
-
-    Args:
-        x: (N, C, T, V), any strides.
-        a, b: (N, R, T, V), any strides.
-        alpha: one number.
-        A: (V, V).
-
-    Returns:
-        (N, C, T, V), contiguous.
-
-    Stored for the backward pass: the arguments only. Natively four maps (V, V) a sample exist during the forward pass and
-    nine during the backward pass, which makes the graph again; in the reference two maps a sample are stored.
-
-    Raises:
-        ValueError: a shape does not fit.
-    """
-    if x.dim() != 4 or a.dim() != 4 or a.shape != b.shape or (a.shape[0], *a.shape[2:]) != (x.shape[0], *x.shape[2:]):
-        raise ValueError("Expected x of shape (N, C, T, V), a and b of shape (N, R, T, V). "
-                         f"Got {tuple(x.shape)}, {tuple(a.shape)} and {tuple(b.shape)}.")
-    check_graph(A, (x.shape[3], x.shape[3]), alpha=alpha)
-    arguments = like(x, x, a, b, alpha, A)
-    if backend_for("aa_aggregate", x.device, x.dtype) == "reference":
-        return reference_dynamic.aa_aggregate(*arguments)
-    return _AaAggregate.apply(*arguments)
 
 
 def aa_graph(embedded: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
     """G[n,k,v,w] = A[k,v,w] + alpha tanh(1 / (R T) sum over r, t of a[n,k,r,t,v] b[n,k,r,t,w]).
 
-    The graphs of ``aa_aggregate`` alone, all subsets at once.
+    The adaptive graphs of 2s-AGCN (Shi et al. 2019, Eq. 3) with PYSKL's tanh in place of the softmax, of all subsets;
+    graph_conv and graph_product apply them.
 
     Args:
         embedded: (N, 2, K, R, T, V): all a, then all b; any strides.
@@ -125,18 +96,6 @@ def like(x: Tensor, *tensors: Tensor) -> list[Tensor]:
     return [tensor.to(x.dtype) for tensor in tensors]
 
 
-class _AaAggregate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Tensor) -> Tensor:
-        ctx.save_for_backward(*arguments)
-        return _ops.aa_aggregate(*arguments)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-        return _ops.aa_aggregate_backward(dy, *ctx.saved_tensors)
-
-
 class _AaGraph(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Tensor) -> Tensor:
@@ -161,11 +120,9 @@ class _DgAggregate(torch.autograd.Function):
         return _ops.dg_aggregate_backward(dy, *ctx.saved_tensors)
 
 
-_AA = "Tensor x, Tensor a, Tensor b, Tensor alpha, Tensor A"
 _DG = "Tensor x, Tensor x1, Tensor x2, Tensor alpha, Tensor beta, Tensor A"
-for _name, _schema, _gradients in (("aa", _AA, 5), ("dg", _DG, 6)):
-    LIBRARY.define(f"{_name}_aggregate({_schema}) -> Tensor")
-    LIBRARY.define(f"{_name}_aggregate_backward(Tensor dy, {_schema}) -> ({', '.join(['Tensor'] * _gradients)})")
+LIBRARY.define(f"dg_aggregate({_DG}) -> Tensor")
+LIBRARY.define(f"dg_aggregate_backward(Tensor dy, {_DG}) -> ({', '.join(['Tensor'] * 6)})")
 
 _EMBEDDED = "Tensor embedded, Tensor alpha, Tensor A"
 LIBRARY.define(f"aa_graph({_EMBEDDED}) -> Tensor")
@@ -184,47 +141,21 @@ def strides(*tensors: Tensor) -> list[tuple[int, ...]]:
     return [tensor.stride() for tensor in tensors]
 
 
-def _fake_aa(x: Tensor, a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
-    return new(x)[0]
-
-
-@implement("aa_aggregate", _fake_aa)
-def _aa(x: Tensor, a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
-    (y,), graphs = new(x), _aa_graphs(a[:, None], b[:, None], alpha, A[None])
-    _native.module.graph_product(x.dtype == torch.float64, _aa_sizes(x), [0, graphs.data_ptr(), 0], x.data_ptr(), x.stride(),
-                                 0, y.data_ptr(), torch.get_num_threads())
-    return y
-
-
-def _aa_sizes(x: Tensor) -> list[int]:
-    return [x.shape[0], 1, x.shape[1], 1, x.shape[2], x.shape[3]]
-
-
-def _fake_aa_backward(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> tuple[Tensor, ...]:
-    return new(x, a, b, alpha, A)
-
-
-@implement("aa_aggregate_backward", _fake_aa_backward)
-def _aa_backward(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> tuple[Tensor, ...]:
-    dx, da, db, dalpha, dA = new(x, a, b, alpha, A)
-    a, b, shared = a[:, None], b[:, None], A[None]
-    graphs = _aa_graphs(a, b, alpha, shared)
-    dgraphs = torch.empty_like(graphs)
-    _native.module.graph_product_backward(
-        x.dtype == torch.float64, _aa_sizes(x), [0, graphs.data_ptr(), 0], x.data_ptr(), x.stride(), dy.data_ptr(),
-        dy.stride(), 0, dx.data_ptr(), dgraphs.data_ptr(), torch.get_num_threads())
-    _aa_graphs_backward(a, b, alpha, dgraphs, da[:, None], db[:, None], dalpha, dA)
-    return dx, da, db, dalpha, dA
-
-
 def _fake_aa_graph(embedded: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
     return embedded.new_empty((embedded.shape[0], *A.shape))
 
 
+def _aa_sizes(embedded: Tensor) -> list[int]:
+    batch, _, subsets, rows, frames, joints = embedded.shape
+    return [batch, subsets, 1, rows, frames, joints]
+
+
 @implement("aa_graph", _fake_aa_graph)
 def _aa_graph(embedded: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
-    a, b = embedded.unbind(1)
-    return _aa_graphs(a, b, alpha, A)
+    (a, b), graphs, A = embedded.unbind(1), _fake_aa_graph(embedded, alpha, A), A.contiguous()
+    _native.module.aa_graphs(a.dtype == torch.float64, _aa_sizes(embedded), addresses(a, b, alpha, A, graphs), strides(a, b),
+                             torch.get_num_threads())
+    return graphs
 
 
 def _fake_aa_graph_backward(dgraphs: Tensor, embedded: Tensor, alpha: Tensor, A: Tensor) -> tuple[Tensor, ...]:
@@ -233,30 +164,12 @@ def _fake_aa_graph_backward(dgraphs: Tensor, embedded: Tensor, alpha: Tensor, A:
 
 @implement("aa_graph_backward", _fake_aa_graph_backward)
 def _aa_graph_backward(dgraphs: Tensor, embedded: Tensor, alpha: Tensor, A: Tensor) -> tuple[Tensor, ...]:
-    dembedded, dalpha, dA = new(embedded, alpha, A)
-    (a, b), (da, db) = embedded.unbind(1), dembedded.unbind(1)
-    _aa_graphs_backward(a, b, alpha, dgraphs.contiguous(), da, db, dalpha, dA)
-    return dembedded, dalpha, dA
-
-
-def _graph_sizes(a: Tensor) -> list[int]:
-    batch, subsets, rows, frames, joints = a.shape
-    return [batch, subsets, 1, rows, frames, joints]
-
-
-def _aa_graphs(a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
-    """(N, K, V, V) of a and b (N, K, R, T, V)."""
-    graphs, A = a.new_empty((a.shape[0], *A.shape)), A.contiguous()
-    _native.module.aa_graphs(a.dtype == torch.float64, _graph_sizes(a), addresses(a, b, alpha, A, graphs), strides(a, b),
-                             torch.get_num_threads())
-    return graphs
-
-
-def _aa_graphs_backward(a: Tensor, b: Tensor, alpha: Tensor, dgraphs: Tensor, da: Tensor, db: Tensor, dalpha: Tensor,
-                        dA: Tensor) -> None:
+    dembedded, dalpha, dA = gradients = new(embedded, alpha, A)
+    (a, b), (da, db), dgraphs = embedded.unbind(1), dembedded.unbind(1), dgraphs.contiguous()
     _native.module.aa_graphs_backward(
-        a.dtype == torch.float64, _graph_sizes(a), addresses(a, b, alpha, dgraphs, da, db, dalpha, dA),
+        a.dtype == torch.float64, _aa_sizes(embedded), addresses(a, b, alpha, dgraphs, da, db, dalpha, dA),
         strides(a, b, da, db), torch.get_num_threads())
+    return gradients
 
 
 def _dg_sizes(x: Tensor) -> list[int]:

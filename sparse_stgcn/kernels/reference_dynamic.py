@@ -11,16 +11,7 @@ from torch import Tensor
 
 from .pattern import BlockPattern
 
-__all__ = ["aa_aggregate", "aa_graph", "ctr_aggregate", "dg_aggregate"]
-
-
-def aa_aggregate(x: Tensor, a: Tensor, b: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
-    """Stored for the backward pass: x, a, b and two maps (N, V, V)."""
-    batch, channels, frames, joints = x.shape
-    rows = a.shape[1] * frames
-    similarity = torch.bmm(a.reshape(batch, rows, joints).transpose(1, 2), b.reshape(batch, rows, joints))
-    graph = A + alpha * torch.tanh(similarity / rows)
-    return torch.bmm(x.reshape(batch, channels * frames, joints), graph).view(x.shape)
+__all__ = ["aa_graph", "ctr_aggregate", "dg_aggregate"]
 
 
 def aa_graph(embedded: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
