@@ -65,10 +65,10 @@ def bench_forward(checked, op, engine, channels, frames):
 @pytest.mark.parametrize("engine", ["native", "reference"])
 @pytest.mark.parametrize("op", OPS)
 def bench_backward(checked, op, engine, channels, frames):
-    """The gradients of all arguments together; that of x is compared."""
+    """The gradients of all arguments together; that of x, or of the embeddings, is compared."""
     native, reference, arguments = case(op, channels, frames)
     at = 2 if op.startswith("ctr") else 0
-    dy = torch.randn(arguments[at].shape, generator=torch.Generator().manual_seed(1))
+    dy = torch.randn(reference(*arguments).shape, generator=torch.Generator().manual_seed(1))
 
     def gradient(function: Callable[..., Tensor], dtype: torch.dtype) -> Callable[[], Tensor]:
         leaves = [argument.to(dtype).clone().requires_grad_() for argument in arguments]
