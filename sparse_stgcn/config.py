@@ -79,11 +79,16 @@ class TrainConfig:
     block: str = "8x1"
     """Weight block, output x input channels. 1x1 is the paper's unstructured mask."""
     method: str = "random"
-    """Which blocks live: random (balanced over the rows of a layer) or iid."""
+    """Which blocks live: random (balanced over the rows of a layer), nested (random, inside the masks of lower levels),
+    iid, fan_in (the authors' pooled scores), magnitude (the largest weights, see --init) or predefined (--mask-file)."""
+    mask_file: OptionalStr = None
+    """Masks for --method predefined: a checkpoint, a work directory or an .npz of bool arrays. They set the sparsity."""
     density: str = "uniform"
     """Share of each layer: uniform, or erk (more for small layers)."""
     scope: str = "layer"
     """Where the sparsity holds exactly: in each layer, in each network block, or global."""
+    init: OptionalStr = None
+    """Checkpoint or work directory whose weights the network starts from. Default: random weights from the seed."""
     lasso: float = 1.0
     """Weight lambda of the group lasso during warm-up."""
     lasso_schedule: str = "linear"
@@ -195,6 +200,11 @@ class TrainConfig:
                 and self.warmup_epochs >= self.epochs:
             raise UserError(f"Expected --warmup-epochs below --epochs ({self.epochs}), so that the live "
                             f"blocks are fine-tuned. Got {self.warmup_epochs}.")
+        if (self.method == "predefined") != (self.mask_file is not None):
+            raise UserError(f"Expected --mask-file together with --method predefined. Got --method {self.method}"
+                            f"{'' if self.mask_file is None else f' and --mask-file {self.mask_file}'}.")
+        if self.method == "predefined" and self.sparsity == 0:
+            raise UserError("Expected --sparsity > 0 with --method predefined, which trains a sparse network. Got 0.")
         if self.data is not None and not Path(self.data).exists():
             raise UserError(f"Expected --data to be an archive that exists. Got {self.data}; check the path, "
                             "or leave --data out to train on the synthetic set.")

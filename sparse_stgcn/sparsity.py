@@ -20,6 +20,7 @@ __all__ = [
     "compact",
     "compact_parameters",
     "densify",
+    "mask_layers",
     "maskable_convs",
     "masked",
     "parse_block",
@@ -76,7 +77,7 @@ def stage(model: nn.Module) -> str:
 
 
 def sparsify(model: nn.Module, sparsity: float, block: tuple[int, int] | str = (8, 1), method: str = "random",
-             density: str = "uniform", scope: str = "layer", seed: int = 0) -> nn.Module:
+             density: masks.Density = "uniform", scope: str = "layer", seed: int = 0, file: str | None = None) -> nn.Module:
     """Attach a fixed pattern to every maskable convolution; weights stay dense (warm-up stage).
 
     Args:
@@ -84,7 +85,7 @@ def sparsify(model: nn.Module, sparsity: float, block: tuple[int, int] | str = (
         sparsity: fraction of the maskable weights that are masked, 0 <= sparsity < 1.
         block: (bo, bi), outputs x inputs of a block at one tap; (1, 1) is unstructured. A block taller or
             wider than every layer is an error; in a layer thinner than the block, blocks are ragged.
-        method, density, scope, seed: see ``masks.draw``.
+        method, density, scope, seed, file: see ``masks.draw``.
 
     Returns:
         The model itself.
@@ -97,22 +98,27 @@ def sparsify(model: nn.Module, sparsity: float, block: tuple[int, int] | str = (
             f"Expected model to have no patterns yet. Got one in stage {stage(model)!r}; build a new "
             "model, or call densify(model, forget=True) first."
         )
-    convs = maskable_convs(model)
-    size = parse_block(block)
-    layers = [
-        masks.Layer(name, conv.shape_oik, size, block_of(name), _array(conv)) for name, conv in convs.items()
-    ]
-    patterns = masks.draw(layers, sparsity, method, density, scope, seed)
+    convs, layers = maskable_convs(model), mask_layers(model, block)
+    patterns = masks.draw(layers, sparsity, method, density, scope, seed, file)
     for name, conv in convs.items():
         conv.attach(patterns[name])
     kept, total = sum(p.num_live for p in patterns.values()), sum(p.size for p in patterns.values())
-    if total and kept > 1.1 * (1 - sparsity) * total:
+    prescribed = method == "predefined" or not isinstance(density, str)
+    if total and kept > 1.1 * (1 - sparsity) * total and not prescribed:
+        bo, bi = layers[0].block
         warnings.warn(
-            f"block {size[0]}x{size[1]} keeps {kept / total:.2%} of the weights, not {1 - sparsity:.2%}: "
+            f"block {bo}x{bi} keeps {kept / total:.2%} of the weights, not {1 - sparsity:.2%}: "
             "every block row keeps at least one block. Use a smaller block for this sparsity.",
             stacklevel=2,
         )
     return model
+
+
+def mask_layers(model: nn.Module, block: tuple[int, int] | str = (8, 1)) -> list[masks.Layer]:
+    """The maskable weights of ``model`` as the methods of ``masks`` see them, in the order of the network."""
+    size = parse_block(block)
+    return [masks.Layer(name, conv.shape_oik, size, block_of(name), _array(conv), conv.in_channels * conv.kernel_size)
+            for name, conv in maskable_convs(model).items()]
 
 
 def compact(model: nn.Module) -> nn.Module:

@@ -23,12 +23,12 @@ from ..data.dataset import SkeletonDataset
 from ..errors import UserError, validating
 from ..kernels import backends
 from ..scores import predict
-from ..sparsity import sparsify, summary
+from ..sparsity import densify, sparsify, summary
 from .checkpoint import load_model
 from .loop import STATE, Trainer
 from .report import Report
 
-__all__ = ["Run", "network", "open_archive", "prepare", "test_set"]
+__all__ = ["Run", "network", "open_archive", "prepare", "start_from", "test_set"]
 
 SYNTHETIC_SEED = 0  # the set is the same for every --seed, so that runs can be compared
 
@@ -63,7 +63,8 @@ class Run:
         scores.save(self.work_dir / "scores.npz")
         size = checkpoint.save(
             self.model, self.work_dir / "model.safetensors", label_names=list(self.archive.label_names),
-            protocol=dict(scores.protocol), metrics=metrics, sparsity=config.sparsity, seed=config.seed)
+            protocol=dict(scores.protocol), metrics=metrics, sparsity=config.sparsity, seed=config.seed,
+            mask=mask_of(config))
         dense = checkpoint.dense_bytes(self.model)
         result = {
             "test": {**metrics, "samples": len(scores.label), "protocol": dict(scores.protocol)},
@@ -103,8 +104,14 @@ def prepare(config: TrainConfig, report: Report | None = None) -> Run:
     with validating():
         if state is not None and resuming:
             load_model(state, model)
-        elif full.sparsity > 0:
-            sparsify(model, full.sparsity, full.block, full.method, full.density, full.scope, full.seed)
+        else:
+            if full.init is not None:
+                start_from(model, full.init)
+            if full.sparsity > 0:
+                sparsify(model, full.sparsity, full.block, full.method, full.density, full.scope, full.seed,
+                         full.mask_file)
+        if full.method == "predefined":
+            full.sparsity = round(1 - summary(model).kept_fraction, 6)
     work_dir = Path(full.work_dir) if full.work_dir else new_work_dir(full, archive)
     if config.resume is None:
         create_work_dir(work_dir)
@@ -176,10 +183,32 @@ def network(config: TrainConfig, archive: Archive) -> nn.Module:
                             **fixed_persons(config.backbone, config.num_person))
 
 
+def start_from(model: nn.Module, path: str | Path) -> None:
+    """Give a dense network the weights of a checkpoint or of a finished work directory; masked ones are 0.
+
+    Raises:
+        UserError: no such checkpoint, or one of another network.
+    """
+    file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    with validating("--init"):
+        source = densify(checkpoint.load(file), forget=True)
+        try:
+            model.load_state_dict(source.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"Expected --init to hold the same network: backbone, classes, joints, stream and "
+                             f"--base-channels. Got {file}: {str(error).splitlines()[-1].strip()}") from error
+
+
 def fixed_persons(backbone: str, num_person: int | None) -> dict[str, Any]:
     """``num_person`` as an argument of ``create_model``, for the backbones whose input norm fixes it."""
     fixed = "num_person" in inspect.signature(BACKBONES[backbone]).parameters
     return {"num_person": num_person} if fixed else {}
+
+
+def mask_of(config: TrainConfig) -> dict[str, Any] | None:
+    """How the mask of a run was chosen, for checkpoints; None for a dense network."""
+    keys = ("method", "density", "scope", "block", "seed", "mask_file")
+    return {key: getattr(config, key) for key in keys} if config.sparsity > 0 else None
 
 
 def protocol(config: TrainConfig, archive: Archive) -> dict[str, Any]:

@@ -1,0 +1,90 @@
+"""How many blocks every layer keeps: exact counts for a sparsity, a density rule and a scope."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from .plan import Layer
+
+__all__ = ["DENSITIES", "SCOPES", "Density", "budgets", "check_block", "pools"]
+
+DENSITIES = ("uniform", "erk")
+SCOPES = ("layer", "block", "global")
+Density = str | Mapping[str, float]
+
+
+def budgets(layers: Sequence[Layer], sparsity: float, density: Density = "uniform", scope: str = "layer",
+            floor: bool = True, least: np.ndarray | None = None) -> np.ndarray:
+    """Number of live blocks of every layer, int64; see ``draw`` for the arguments and the rules.
+
+    Args:
+        least: counts that no layer goes below, besides the floor: those of a sparser mask that has to fit inside.
+    """
+    counts = np.zeros(len(layers), dtype=np.int64)
+    lowest = np.array([layer.grid[0] if floor else 0 for layer in layers], dtype=float)
+    lowest = lowest if least is None else np.maximum(lowest, least)
+    if not isinstance(density, str):
+        blocks = np.array([layer.num_blocks for layer in layers], dtype=float)
+        asked = np.array([density[layer.name] for layer in layers])
+        return np.clip(np.round(asked * blocks), lowest, blocks).astype(np.int64)
+    for pool in pools(layers, scope):
+        chosen = [layers[i] for i in pool]
+        blocks = np.array([layer.num_blocks for layer in chosen], dtype=float)
+        size = np.array([layer.block_weights for layer in chosen])
+        low = lowest[pool]
+        share = np.array([layer.share(density) for layer in chosen])
+        target = (1 - sparsity) * float(size @ blocks)
+        ideal = _fill(share * blocks, low, blocks, size, target)
+        whole = np.clip(np.round(ideal), low, blocks) if scope == "layer" and density == "uniform" else \
+            _round_to(ideal, low, blocks, size, target)
+        counts[pool] = whole.astype(np.int64)
+    return counts
+
+
+def _fill(
+    slope: np.ndarray, low: np.ndarray, high: np.ndarray, size: np.ndarray, target: float
+) -> np.ndarray:
+    """clip(c * slope, low, high) with the scale c that makes the weights add up to ``target``."""
+    if size @ low >= target:
+        return low.copy()
+    # The sum grows piecewise linearly in c with bends where a layer leaves its floor or meets its cap.
+    bends = np.unique(np.concatenate([[0.0], low / slope, high / slope]))
+    total = np.array([size @ np.clip(c * slope, low, high) for c in bends])
+    at = int(np.clip(np.searchsorted(total, target, side="right"), 1, len(bends) - 1))
+    rise = total[at] - total[at - 1]
+    step = (target - total[at - 1]) / rise if rise > 0 else 0.0
+    scale = bends[at - 1] + min(step, 1.0) * (bends[at] - bends[at - 1])
+    # Rounded far below half a block, so that the order of a sum can never tip a count over.
+    return np.clip(np.round(scale * slope, 6), low, high)
+
+
+def _round_to(
+    ideal: np.ndarray, low: np.ndarray, high: np.ndarray, size: np.ndarray, target: float
+) -> np.ndarray:
+    """Whole counts by largest remainder, whose weights miss ``target`` by less than half a block."""
+    whole = np.clip(np.floor(ideal), low, high)
+    for i in np.argsort(whole - ideal, kind="stable"):
+        if whole[i] < high[i] and target - size @ whole >= size[i] / 2 - 1e-3:
+            whole[i] += 1
+    return whole
+
+
+def pools(layers: Sequence[Layer], scope: str) -> list[np.ndarray]:
+    """Indices of the layers that share one target."""
+    if scope != "block":
+        return [np.arange(len(layers))] if layers else []
+    groups = np.array([layer.group for layer in layers])
+    return [np.flatnonzero(groups == group) for group in np.unique(groups)]
+
+
+def check_block(layers: Sequence[Layer]) -> None:
+    if not layers:
+        return
+    bo, bi = layers[0].block
+    tallest, widest = max(layer.shape[0] for layer in layers), max(layer.shape[1] for layer in layers)
+    if min(bo, bi) < 1:
+        raise ValueError(f"Expected block to be two positive sizes (outputs, inputs). Got {(bo, bi)}.")
+    if bo > tallest or bi > widest:
+        raise ValueError(f"Expected block to fit a layer: at most {tallest} outputs x {widest} inputs. "
+                         f"Got {bo} x {bi}; choose a smaller block, 8x1 for example.")

@@ -1,0 +1,113 @@
+"""Which blocks a layer keeps: the methods that ``draw`` knows by name.
+
+All of them order the blocks and keep the first ones, in an order that does not depend on how many are kept: for equal
+seeds, fewer blocks are a subset of more. ``draw_levels`` builds on that.
+"""
+from __future__ import annotations
+
+import numpy as np
+
+from . import predefined as file_masks
+from .plan import Layer, Plan, register
+
+__all__ = ["fan_in", "iid", "magnitude", "predefined", "random", "top"]
+
+
+@register("random")
+def random(plan: Plan) -> list[np.ndarray]:
+    """Balanced: each block row of a layer draws its own positions; rows differ by one block at most."""
+    live = []
+    for layer, count in zip(plan.layers, plan.counts, strict=True):
+        rng, (rows, cols, taps) = plan.generator(layer), layer.grid
+        per_row, extra = divmod(int(count), rows)
+        chosen = np.zeros((rows, cols * taps), dtype=bool)
+        widest = per_row + (extra > 0)
+        if widest:
+            keys = rng.random(chosen.shape)
+            # The smallest keys of a row, the largest of them last; rows without an extra block drop the last.
+            order = np.argpartition(keys, widest - 1, axis=1)[:, :widest]
+            np.put_along_axis(chosen, order, True, axis=1)
+            if extra:
+                poorer = rng.permutation(rows)[extra:]
+                chosen[poorer, order[poorer, -1]] = False
+        live.append(chosen.reshape(layer.grid))
+    return live
+
+
+@register("nested")
+def nested(plan: Plan) -> list[np.ndarray]:
+    """``random`` with counts that grow along the paper's levels; see ``draw`` and ``draw_levels``."""
+    return random(plan)
+
+
+@register("iid", floor=False)
+def iid(plan: Plan) -> list[np.ndarray]:
+    """Every block of a pool has the same chance; the number is exact in the pool, not in a layer or a row."""
+    return top([-plan.generator(layer).random(layer.grid) for layer in plan.layers], plan)
+
+
+@register("fan_in", floor=False)
+def fan_in(plan: Plan) -> list[np.ndarray]:
+    """The highest of signed scores drawn like weights, uniform in +-sqrt(6 / fan_in) (the authors' code).
+
+    In a pool of several layers the narrower law of a wide layer loses: its blocks are cut first. The authors pool
+    the whole ST-GCN (``scope="global"``) and each block of the other networks (``scope="block"``).
+    """
+    return top([plan.generator(layer).uniform(-1, 1, layer.grid) * (6 / layer.fan_in) ** 0.5 for layer in plan.layers],
+               plan)
+
+
+@register("magnitude", floor=False)
+def magnitude(plan: Plan) -> list[np.ndarray]:
+    """The largest root mean square of a block's weights; for 1 x 1 blocks |w| (Han et al. 2015)."""
+    return top([_rms(layer) for layer in plan.layers], plan)
+
+
+@register("predefined", floor=False)
+def predefined(plan: Plan) -> list[np.ndarray]:
+    """The masks of a file, whatever the counts; see ``masks.predefined.read``."""
+    if plan.file is None:
+        raise ValueError("Expected file (--mask-file) with method 'predefined': a checkpoint, a work directory or an "
+                         ".npz of masks. Got none.")
+    return file_masks.read(plan.file, plan.layers)
+
+
+def top(scores: list[np.ndarray], plan: Plan) -> list[np.ndarray]:
+    """The blocks with the highest scores (G, H, K): of every layer its count, of a pool the sum of its counts.
+
+    Where ragged edges make the blocks of a pool unequal, it keeps the number whose weights come nearest to those of
+    the counts. Ties go to the first block.
+    """
+    live = [np.zeros(0, dtype=bool)] * len(scores)
+    for pool in plan.pools:
+        chosen = [plan.layers[i] for i in pool]
+        joined = np.concatenate([scores[i].ravel() for i in pool])
+        sizes = np.concatenate([layer.block_sizes().ravel() for layer in chosen])
+        if np.ptp(sizes) == 0:
+            first = _first(joined, int(plan.counts[pool].sum()))
+        else:
+            order = np.argsort(-joined, kind="stable")
+            weights = np.concatenate([[0.0], sizes[order].cumsum()])
+            target = sum(plan.counts[i] * plan.layers[i].block_weights for i in pool)
+            first = order[: np.abs(weights - target).argmin()]
+        kept = np.zeros(joined.size, dtype=bool)
+        kept[first] = True
+        ends = np.cumsum([layer.num_blocks for layer in chosen])[:-1]
+        for i, part in zip(pool, np.split(kept, ends), strict=True):
+            live[i] = part.reshape(plan.layers[i].grid)
+    return live
+
+
+def _first(scores: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the ``count`` highest scores; of equal ones the first."""
+    if count == 0:
+        return np.zeros(0, dtype=np.int64)
+    limit = -np.partition(-scores, count - 1)[count - 1]
+    above = np.flatnonzero(scores > limit)
+    return np.concatenate([above, np.flatnonzero(scores == limit)[: count - len(above)]])
+
+
+def _rms(layer: Layer) -> np.ndarray:
+    if layer.weight is None:
+        raise ValueError(f"Expected layer {layer.name!r} with its weight, which method 'magnitude' compares. Got none.")
+    return np.sqrt(layer.block_sums(np.square(layer.weight, dtype=np.float64)) / layer.block_sizes())
