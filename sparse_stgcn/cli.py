@@ -16,6 +16,7 @@ __all__ = ["VERBS", "describe_installation", "main"]
 VERBS = {
     "train": "train a sparse or dense network in two stages",
     "evaluate": "test a trained network and write its scores",
+    "lottery": "learn masks on frozen weights, or prune by magnitude, over sparsity",
     "fuse": "combine score files of several streams or networks",
     "info": "parameters and multiply-adds of a network, per block",
     "convert": "make an archive from other formats",

@@ -10,7 +10,7 @@ import numpy as np
 from . import predefined as file_masks
 from .plan import Layer, Plan, register
 
-__all__ = ["fan_in", "iid", "magnitude", "predefined", "random", "top"]
+__all__ = ["fan_in", "iid", "magnitude", "predefined", "random", "root_mean_square", "top"]
 
 
 @register("random")
@@ -60,7 +60,7 @@ def fan_in(plan: Plan) -> list[np.ndarray]:
 @register("magnitude", floor=False)
 def magnitude(plan: Plan) -> list[np.ndarray]:
     """The largest root mean square of a block's weights; for 1 x 1 blocks |w| (Han et al. 2015)."""
-    return top([_rms(layer) for layer in plan.layers], plan)
+    return top([root_mean_square(layer) for layer in plan.layers], plan)
 
 
 @register("predefined", floor=False)
@@ -107,7 +107,8 @@ def _first(scores: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate([above, np.flatnonzero(scores == limit)[: count - len(above)]])
 
 
-def _rms(layer: Layer) -> np.ndarray:
+def root_mean_square(layer: Layer) -> np.ndarray:
+    """(G, H, K): of the weights that exist in every block."""
     if layer.weight is None:
         raise ValueError(f"Expected layer {layer.name!r} with its weight, which method 'magnitude' compares. Got none.")
     return np.sqrt(layer.block_sums(np.square(layer.weight, dtype=np.float64)) / layer.block_sizes())

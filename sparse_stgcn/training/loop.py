@@ -82,15 +82,18 @@ class Trainer:
         text = "".join(json.dumps(record) + "\n" for record in self.history)
         (self.work_dir / LOG).write_text(text, encoding="utf-8")
 
-    def fit(self) -> list[dict[str, Any]]:
+    def fit(self, until: int | None = None) -> list[dict[str, Any]]:
         """Train the remaining epochs and return the history.
+
+        Args:
+            until: stop before this epoch (from 0); another call goes on from there.
 
         Raises:
             TrainingError: the loss is not finite; the state on disk is that of the last whole epoch.
         """
         keep_freed_memory()
         with self.report:
-            while self.epoch < self.epochs:
+            while self.epoch < (self.epochs if until is None else min(until, self.epochs)):
                 if self.method.begin_epoch(self.epoch, self.optimizer):
                     self.report.line(f"fine-tuning: {summary(self.model)}")
                 record = self._train_epoch()
