@@ -47,7 +47,7 @@ class LotteryConfig:
     """Rank by |score|, as edge-popup does."""
     score_init: str = "uniform"
     """First scores: uniform (one law for all layers), fan_in (the authors'), or magnitude (of the weights)."""
-    score_lr: float = 0.1
+    score_lr: float = 1.0
     """Learning rate of the scores per --lr-reference-batch sequences of the run in D."""
     train_norm: bool = False
     """Also train scale and shift of the batch norms with the scores."""

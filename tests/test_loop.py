@@ -15,6 +15,7 @@ import tiny
 import torch
 from rich.console import Console
 
+from sparse_stgcn import train
 from sparse_stgcn.errors import TrainingError, UserError
 from sparse_stgcn.scores import accuracy, predict
 from sparse_stgcn.sparsity import masked, stage
@@ -80,6 +81,33 @@ def test_proximal_steps_bring_the_masked_weights_to_0_and_the_others_learn() -> 
     assert sum(history[7]["masked_norms"]) < sum(before) / 100
     assert history[7]["lasso"] >= 0
     assert history[-1]["loss"] < 0.7 * history[0]["loss"]
+
+
+@pytest.mark.parametrize(("flags", "stages", "penalised", "drained"), [
+    ([], ["warm-up", "warm-up", "fine-tune"], [True, True], False),
+    (["--lasso", "0"], ["warm-up", "warm-up", "fine-tune"], [False, False], False),
+    (["--warmup-epochs", "0"], ["fine-tune"] * 3, [], False),
+    (["--lasso-schedule", "constant"], ["warm-up", "warm-up", "fine-tune"], [True, True], False),
+    (["--lasso-group", "tensor"], ["warm-up", "warm-up", "fine-tune"], [True, True], False),
+    (["--lasso-group", "global"], ["warm-up", "warm-up", "fine-tune"], [True, True], False),
+    (["--lasso-step", "proximal", "--lasso", "50"], ["warm-up", "warm-up", "fine-tune"], [True, True], True),
+], ids=lambda value: " ".join(value) if isinstance(value, list) and value and isinstance(value[0], str) else "")
+def test_ablations_are_flags_of_train_and_keys_of_its_result(
+    tmp_path: Path, flags: list[str], stages: list[str], penalised: list[bool], drained: bool
+) -> None:
+    file = tiny.write_npz(tmp_path / "tiny.npz")
+    basis = ["--data", str(file), "--work-dir", str(tmp_path / "run"), "--base-channels", "8", "--block", "4x1", "--epochs",
+             "3", "--warmup-epochs", "2", "--batch-size", "8", "--clip-len", "8", "--eval-clips", "1", "--threads", "1"]
+    assert train.main([*basis, *flags]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    history = result["history"]
+    assert [record["stage"] for record in history] == stages
+    assert [record["lasso"] > 0 for record in history if record["stage"] == "warm-up"] == penalised
+    if penalised:
+        assert (sum(history[1]["masked_norms"]) == 0) == drained  # the proximal step reaches 0 exactly
+    for flag, value in zip(flags[::2], flags[1::2], strict=True):
+        recorded = result["config"][flag[2:].replace("-", "_")]
+        assert recorded == type(recorded)(value)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.8])

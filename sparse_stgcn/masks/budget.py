@@ -7,7 +7,7 @@ import numpy as np
 
 from .plan import Layer
 
-__all__ = ["DENSITIES", "SCOPES", "Density", "budgets", "check_block", "pools"]
+__all__ = ["DENSITIES", "SCOPES", "Density", "budgets", "pools"]
 
 DENSITIES = ("uniform", "erk")
 SCOPES = ("layer", "block", "global")
@@ -20,7 +20,11 @@ def budgets(layers: Sequence[Layer], sparsity: float, density: Density = "unifor
 
     Args:
         least: counts that no layer goes below, besides the floor: those of a sparser mask that has to fit inside.
+
+    Raises:
+        ValueError: the block is taller or wider than every layer.
     """
+    _check_block(layers)
     counts = np.zeros(len(layers), dtype=np.int64)
     lowest = np.array([layer.grid[0] if floor else 0 for layer in layers], dtype=float)
     lowest = lowest if least is None else np.maximum(lowest, least)
@@ -78,7 +82,7 @@ def pools(layers: Sequence[Layer], scope: str) -> list[np.ndarray]:
     return [np.flatnonzero(groups == group) for group in np.unique(groups)]
 
 
-def check_block(layers: Sequence[Layer]) -> None:
+def _check_block(layers: Sequence[Layer]) -> None:
     if not layers:
         return
     bo, bi = layers[0].block

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..kernels import BlockPattern
-from .budget import DENSITIES, SCOPES, Density, budgets, check_block, pools
+from .budget import DENSITIES, SCOPES, Density, budgets, pools
 from .plan import METHODS, Layer, Plan, has_floor
 
 __all__ = ["LEVELS", "draw", "draw_levels"]
@@ -134,4 +134,3 @@ def _check(layers: Sequence[Layer], levels: Sequence[float], method: str, densit
                          f"Got {dict(density)}.")
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise ValueError(f"Expected seed to be a whole number of at least 0. Got {seed!r}.")
-    check_block(layers)

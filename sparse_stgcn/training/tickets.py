@@ -54,7 +54,7 @@ class Recipe:
     scope: str = "global"
     absolute: bool = False
     score_init: str = "uniform"
-    score_lr: float = 0.1
+    score_lr: float = 1.0
     train_norm: bool = False
     train_head: bool = False
     rate: float = 0.5
