@@ -16,7 +16,9 @@ __all__ = ["VERBS", "describe_installation", "main"]
 VERBS = {
     "train": "train a sparse or dense network in two stages",
     "evaluate": "test a trained network and write its scores",
+    "ensemble": "test several sparsity levels as one network and write it as one file",
     "fuse": "combine score files of several streams or networks",
+    "sweep": "run an experiment of many trainings, and write its tables and figures",
     "info": "parameters and multiply-adds of a network, per block",
     "convert": "make an archive from other formats",
     "bench": "time a network, sparse against dense engines",
