@@ -138,6 +138,8 @@ def drive(runs: Sequence[Run], machine: Machine, seconds: float | None = None,
                         say(f"start     {run.name}")
             for slot, process in list(slots.items()):
                 process.stop_before(end)
+                if process.asked:
+                    waiting.clear()  # there is no time left for an epoch of another one either
                 if (code := process.popen.poll()) is not None:
                     del slots[slot]
                     process.close()
