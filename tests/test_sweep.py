@@ -210,7 +210,8 @@ def test_a_sweep_trains_combines_tabulates_and_draws(tmp_path, monkeypatch, caps
     found = grid(tmp_path / "small.yaml", runs=[{"sparsity": [0.5, 0.8]}],
                  combine=[{"name": "ensemble", "over": "sparsity", "values": [0.5, 0.8], "weights": "3,1"}],
                  tables={"levels": {"rows": ["backbone"], "columns": "sparsity"}},
-                 figures={"violin": {"kind": "violins", "over": "sparsity"}, "training": {"kind": "curves", "lines": "sparsity"},
+                 figures={"violin": {"kind": "violins", "over": "sparsity"},
+                          "training": {"kind": "curves", "lines": "sparsity"},
                           "levels": {"kind": "lines", "x": "sparsity", "lines": "backbone"}})
     assert run(sweep.main, ["small.yaml", "--threads", "1"]) == 0
     assert run(sweep.main, ["small.yaml", "--list"]) == 0
