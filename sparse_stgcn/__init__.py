@@ -20,7 +20,7 @@ _PUBLIC = {
     "BlockPattern": "kernels",
     "Archive": "data.archive",
     "optimize": "runtime",
-    "Ensemble": "ensemble",
+    "Ensemble": "recognizer",
     "backends": "kernels",
 }
 __all__ = ["__version__", *_PUBLIC]
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from .checkpoint import load as load
     from .checkpoint import save as save
     from .data.archive import Archive as Archive
-    from .ensemble import Ensemble as Ensemble
     from .kernels import BlockPattern as BlockPattern
     from .kernels import backends as backends
+    from .recognizer import Ensemble as Ensemble
     from .recognizer import Recognizer as Recognizer
     from .runtime import optimize as optimize
     from .skeleton import Skeleton as Skeleton

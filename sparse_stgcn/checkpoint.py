@@ -12,6 +12,9 @@ so that nothing in the file depends on how the kernels lay weights out. A convol
 warm-up has its dense ``NAME.weight`` instead of a part of ``sparse.values``. Equal buffers (the graph, in
 every block) are stored once.
 
+An ensemble is such a file of several networks: the tensors of member i begin with ``members.i.``, a buffer that an earlier
+member has, too, is stored once (``same_as`` of the file), and the metadata has the list ``members``.
+
 The metadata has one key, ``sparse_stgcn``, with JSON text: ``format``, ``version``, ``model`` (what rebuilds
 the network), ``sparse`` (groups of convolutions with the same block and stage), ``pattern`` (SHA-256 of all
 pattern digests), ``batches`` (``num_batches_tracked`` of every batch norm), ``same_as`` (buffer -> the buffer
@@ -23,7 +26,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,7 @@ from torch import Tensor, nn
 
 from .checkpoint_pyskl import from_paper, from_pyskl, to_pyskl
 from .kernels import BlockPattern
-from .recognizer import Recognizer
+from .recognizer import Ensemble, Recognizer
 from .sparsity import maskable_convs
 
 __all__ = ["dense_bytes", "from_paper", "from_pyskl", "load", "pack", "read_metadata", "read_tensors", "save",
@@ -52,17 +55,17 @@ def save(model: nn.Module, path: str | Path, **meta: Any) -> int:
     ``path`` is at any moment either the old file or the whole new one.
 
     Args:
-        model: a ``Recognizer`` at any stage (dense, warm-up or compact).
+        model: a ``Recognizer`` at any stage (dense, warm-up or compact), or an ``Ensemble`` of such.
         path: the file; its directory must exist.
         **meta: anything that JSON can hold: label names, metrics, protocol ...; :func:`read_metadata` gives
             it back.
     """
-    tensors, description = pack(model)
+    tensors, description = pack_members(model.members) if isinstance(model, Ensemble) else pack(model)
     return write_tensors(path, tensors, {**description, "meta": meta})
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> Recognizer:
-    """The network of a file written by :func:`save`: same stage, same outputs, in evaluation mode.
+def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
+    """The ``Recognizer`` or ``Ensemble`` of a file written by :func:`save`: same stage, same outputs, in evaluation mode.
 
     Raises:
         ValueError: not such a file, or one whose contents do not fit together.
@@ -70,8 +73,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Recognizer:
     """
     tensors, description = read_tensors(path)
     try:
-        model = Recognizer.from_config(description["model"])
-        unpack(model, tensors, description)
+        model = _rebuild(tensors, description)
     except (KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"Expected {path} to be a complete checkpoint. Got: {error}.") from error
     return model.to(device).eval()
@@ -123,6 +125,35 @@ def pack(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "format": FORMAT, "version": __version__, "model": model.config,
         "sparse": [{"block": key[0], "stage": key[1], "layers": names} for key, names in groups.items()],
         "pattern": _digest([pattern for _, _, pattern in layers]), "batches": batches, "same_as": same_as}
+
+
+def pack_members(models: Iterable[nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, description) of the networks of an ensemble, laid out as the module says."""
+    tensors: dict[str, Tensor] = {}
+    members: list[dict[str, Any]] = []
+    buffers: list[str] = []
+    for index, model in enumerate(models):
+        own, description = pack(model)
+        tensors |= {f"members.{index}.{name}": tensor for name, tensor in own.items()}
+        buffers += [f"members.{index}.{name}" for name, _ in model.named_buffers()]
+        members.append(description)
+    same_as = _drop_repeated(tensors, buffers)
+    return tensors, {"format": FORMAT, "version": members[0]["version"], "members": members, "same_as": same_as}
+
+
+def _rebuild(tensors: dict[str, Tensor], description: Mapping[str, Any]) -> Recognizer | Ensemble:
+    """The network or the ensemble of a file's contents; raises like :func:`unpack`."""
+    if "members" not in description:
+        model = Recognizer.from_config(description["model"])
+        unpack(model, tensors, description)
+        return model
+    tensors = tensors | {name: tensors[source] for name, source in description["same_as"].items()}
+    models = []
+    for index, member in enumerate(description["members"]):
+        prefix = f"members.{index}."
+        models.append(Recognizer.from_config(member["model"]))
+        unpack(models[-1], {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, member)
+    return Ensemble(models)
 
 
 def unpack(model: nn.Module, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:

@@ -252,6 +252,11 @@ class TrainConfig:
             content = {}
         if not isinstance(content, Mapping):
             raise UserError(f"Expected {path} to hold 'key: value' lines. Got a {type(content).__name__}.")
+        return cls.from_mapping(content, path)
+
+    @classmethod
+    def from_mapping(cls, content: Mapping[str, Any], path: str | Path) -> TrainConfig:
+        """The configuration of keys and values read from ``path``; raises like :meth:`read`."""
         kinds = get_type_hints(cls)
         values: dict[str, Any] = {}
         for key, value in content.items():

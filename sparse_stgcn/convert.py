@@ -46,6 +46,8 @@ class ConvertConfig:
     """Axes of plain arrays, e.g. CTVM. Default: TMVC or TVC."""
     score_channel: bool = False
     """The third channel of plain arrays is the confidence of a 2D joint."""
+    divide: OptionalStr = None
+    """Field of an archive that divides every class: with a field of V values, label becomes label * V + index of the value."""
     overwrite: bool = False
     """Replace OUT if it is an archive."""
 
@@ -73,7 +75,12 @@ def _convert(config: ConvertConfig) -> tuple[Archive, int]:
     kind = detect(config.source) if config.format == "auto" else config.format
     if kind == "archive":
         archive = Archive.open(config.source, config.layout)
+        if config.divide is not None:
+            archive = archive.divided(config.divide)
         return Archive.open(archive.save(config.out, config.overwrite)), len(archive)
+    if config.divide is not None:
+        raise UserError(f"Expected --divide with an archive, whose fields it names. Got format {kind}; convert without it, "
+                        "then convert the archive.")
     names = read_names(config.label_names) if config.label_names else ()
     options = Options(config.layout, config.max_persons, names, config.poses, config.ignore, config.order,
                       config.score_channel)

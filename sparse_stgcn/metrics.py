@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["confusion_matrix", "mean_class_accuracy", "summary", "top_k_accuracy"]
+__all__ = ["confusion_matrix", "expected_calibration_error", "mean_class_accuracy", "summary", "top_k_accuracy"]
 
 
 def top_k_accuracy(scores: ArrayLike, labels: ArrayLike, k: int = 1) -> float:
@@ -48,6 +48,27 @@ def mean_class_accuracy(scores: ArrayLike, labels: ArrayLike) -> float:
     total = counts.sum(1)
     present = total > 0
     return float((counts.diagonal()[present] / total[present]).mean())
+
+
+def expected_calibration_error(probability: ArrayLike, labels: ArrayLike, bins: int = 15) -> float:
+    """ECE = sum over bins b of n_b / N * |accuracy_b - confidence_b| (Guo et al. 2017, Eq. 3).
+
+    The confidence of a sample is its largest probability; bin b of B holds confidences in (b / B, (b + 1) / B].
+
+    Args:
+        probability: (N, classes), rows that sum to 1.
+        bins: number of equal bins of [0, 1].
+
+    Raises:
+        ValueError: like :func:`top_k_accuracy`, or bins < 1.
+    """
+    probability, labels = _checked(probability, labels)
+    if bins < 1:
+        raise ValueError(f"Expected bins >= 1. Got {bins}.")
+    confidence, right = probability.max(1).astype(np.float64), probability.argmax(1) == labels
+    which = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+    gap = np.bincount(which, weights=right - confidence, minlength=bins)  # n_b * (accuracy_b - confidence_b)
+    return float(np.abs(gap).sum() / len(labels))
 
 
 def summary(scores: ArrayLike, labels: ArrayLike) -> dict[str, float]:

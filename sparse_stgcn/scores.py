@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from .checkpoint import write_atomically
 from .metrics import summary
 
-__all__ = ["Scores", "accuracy", "predict"]
+__all__ = ["Scores", "accuracy", "predict", "predict_all"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,6 @@ class Scores:
         return scores
 
 
-@torch.no_grad()
 def predict(model: nn.Module, dataset: Dataset, sample: Sequence[str] | NDArray[np.str_] | None = None,
             batch_size: int = 32, workers: int = 0, protocol: Mapping[str, Any] | None = None) -> Scores:
     """Scores of every item of ``dataset``, in evaluation mode; the model's mode is restored.
@@ -83,23 +82,36 @@ def predict(model: nn.Module, dataset: Dataset, sample: Sequence[str] | NDArray[
         sample: the id of each index; its number by default.
         batch_size: clips per forward pass, at least.
     """
-    device = next(model.parameters()).device
+    return predict_all([model], dataset, sample, batch_size, workers, [protocol or {}])[0]
+
+
+@torch.no_grad()
+def predict_all(models: Sequence[nn.Module], dataset: Dataset, sample: Sequence[str] | NDArray[np.str_] | None = None,
+                batch_size: int = 32, workers: int = 0,
+                protocols: Sequence[Mapping[str, Any]] | None = None) -> list[Scores]:
+    """:func:`predict` for several models on one device, whose input is prepared once."""
+    device = next(models[0].parameters()).device
     clips = dataset[0][0].shape[0] if dataset[0][0].ndim == 5 else 1
     loader = DataLoader(dataset, batch_size=max(1, batch_size // clips), num_workers=workers)
-    training, logits, labels, indices = model.training, [], [], []
-    model.eval()
+    training, labels, indices = [model.training for model in models], [], []
+    logits: list[list[torch.Tensor]] = [[] for _ in models]
+    for model in models:
+        model.eval()
     try:
         for keypoint, label, index in loader:
             flat = keypoint.to(device).reshape(-1, *keypoint.shape[-4:])
-            logits.append(model(flat).float().cpu().reshape(len(label), clips, -1))
+            for model, collected in zip(models, logits, strict=True):
+                collected.append(model(flat).float().cpu().reshape(len(label), clips, -1))
             labels.append(label)
             indices.append(index)
     finally:
-        model.train(training)
-    logit, index = torch.cat(logits), torch.cat(indices).numpy()
+        for model, mode in zip(models, training, strict=True):
+            model.train(mode)
+    index = torch.cat(indices).numpy()
     names = np.array([str(i) if sample is None else str(sample[i]) for i in index])
-    return Scores(names, torch.cat(labels).numpy().astype(np.int64), logit.softmax(2).mean(1).numpy(),
-                  logit.mean(1).numpy(), dict(protocol or {}))
+    return [Scores(names, torch.cat(labels).numpy().astype(np.int64), logit.softmax(2).mean(1).numpy(),
+                   logit.mean(1).numpy(), dict(protocol))
+            for logit, protocol in zip(map(torch.cat, logits), protocols or [{}] * len(models), strict=True)]
 
 
 def accuracy(model: nn.Module, dataset: Dataset, batch_size: int = 32, workers: int = 0) -> float:

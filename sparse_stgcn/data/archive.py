@@ -185,6 +185,19 @@ class Archive:
         """Cross validation: fold `k` is the test split, the rest the training split."""
         return self.with_split(f"fold{k}")
 
+    def divided(self, key: str) -> Archive:
+        """The same sequences with every class divided by a field of V values: label * V + index of the value.
+
+        A class of which some value has no sequence is an error where a network is trained, not here.
+        """
+        if key not in self.fields:
+            raise UserError(f"Expected a field of archive '{self.name}' to divide its classes by, one of "
+                            f"{', '.join(self.fields) or '(none)'}. Got {key!r}.")
+        values, index = np.unique(self.fields[key], return_inverse=True)
+        names = tuple(f"{name}, {key} {value}" for name in self.label_names for value in values.tolist())
+        return replace(self, label=self.label * len(values) + index.reshape(-1), label_names=names,
+                       info={**self.info, "divided": key})
+
     def members(self, split: str | Sequence[int] | np.ndarray) -> np.ndarray:
         """Indices of the sequences of a split, by its name, a mask (N,) or a list of indices."""
         if isinstance(split, str):

@@ -6,9 +6,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ..ensemble import Ensemble
 from ..kernels import _native
-from ..recognizer import Recognizer
+from ..recognizer import Ensemble, Recognizer
 from .choice import ENGINES
 from .recognizer import PROGRAMS, FusedEnsemble, FusedRecognizer
 

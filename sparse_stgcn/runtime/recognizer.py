@@ -11,9 +11,8 @@ from ..backbones.aagcn import AAGCN
 from ..backbones.ctrgcn import CTRGCN
 from ..backbones.dgstgcn import DGSTGCN
 from ..backbones.stgcn import STGCN
-from ..ensemble import Ensemble, mean_probability
 from ..kernels import _native
-from ..recognizer import Head, Recognizer
+from ..recognizer import Ensemble, Head, Recognizer, mean_probability
 from .aagcn import AAGCNProgram
 from .choice import ENGINES, MEASURED_ABOVE, dense, density, fastest
 from .columns import ColumnProgram, takes_columns

@@ -1,0 +1,148 @@
+"""What the runs of a grid gave, in one JSON file: every table and figure is made from it alone.
+
+An entry is one run, or one combination of runs (an ensemble of levels, a fusion of streams). Its ``config`` has every
+option; a combination has its own name as the value of the key that it goes over, so that tables need not tell the two
+apart.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import fusion
+from ..checkpoint import write_atomically
+from ..errors import UserError
+from ..metrics import expected_calibration_error
+from ..scores import Scores
+from .grid import DENSE_ANYWAY, Combine, Grid, Run
+from .runner import status
+
+__all__ = ["Entry", "collect", "confidence", "matches", "read", "write"]
+
+Entry = dict[str, Any]
+FORMAT = 1
+QUANTILES = 1000
+# Where a run was computed; of "data" the name of the file alone is kept.
+_LEFT_OUT = ("work_dir", "device", "threads", "workers")
+
+
+def collect(grid: Grid, root: Path, before: Sequence[Entry] = ()) -> list[Entry]:
+    """Entries of all finished runs under ``root`` and of the combinations whose members are finished.
+
+    ``before`` are entries of an earlier call: those that cannot be made again here are kept.
+    """
+    made: dict[str, Entry] = {}
+    scores: dict[str, Scores] = {}
+    for run in grid.runs:
+        if status(run, root).state == "finished":
+            made[run.name] = _entry(run, root / run.name)
+            scores[run.name] = Scores.load(root / run.name / "scores.npz")
+    for combine in grid.combine:
+        for members in _groups(combine, list(made.values())):
+            entry, fused = _combined(combine, members, [scores[member["name"]] for member in members])
+            made[entry["name"]], scores[entry["name"]] = entry, fused
+    return list(made.values()) + [entry for entry in before if entry["name"] not in made]
+
+
+def matches(entry: Entry, wanted: Mapping[str, Any]) -> bool:
+    """Whether the entry has these options. What a dense run does not depend on, it has in every value."""
+    config = entry["config"]
+    dense = config["sparsity"] == 0
+    return all(config[key] == value or (dense and key in DENSE_ANYWAY) for key, value in wanted.items())
+
+
+def confidence(scores: Scores) -> dict[str, Any]:
+    """How sure a network is: ECE, the share of samples whose largest probability is under 0.5, and its distribution.
+
+    ``max_probability`` has the values themselves in ascending order, or 1000 quantiles of more.
+    """
+    largest = np.sort(scores.probability.max(1).astype(np.float64))
+    if len(largest) > QUANTILES:
+        largest = np.quantile(largest, np.linspace(0, 1, QUANTILES))
+    return {"expected_calibration_error": expected_calibration_error(scores.probability, scores.label),
+            "under_half": float((scores.probability.max(1) < 0.5).mean()),
+            "max_probability": [round(value, 4) for value in largest.tolist()]}
+
+
+def write(grid: Grid, entries: Sequence[Entry], path: Path) -> None:
+    """Write the file, one entry a line."""
+    lines = ",\n".join(json.dumps(entry) for entry in entries)
+    text = f'{{"format": {FORMAT}, "grid": {json.dumps(grid.name)}, "entries": [\n{lines}\n]}}\n'
+    write_atomically(path, text.encode())
+
+
+def read(path: Path) -> list[Entry]:
+    """The entries of a file written by :func:`write`; none if there is no file.
+
+    Raises:
+        UserError: not such a file.
+    """
+    if not path.exists():
+        return []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}")
+        return list(content["entries"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"Expected {path} to hold the results of a sweep. Got: {error}.") from error
+
+
+def _entry(run: Run, work_dir: Path) -> Entry:
+    result = json.loads((work_dir / "result.json").read_text())
+    config = {key: value for key, value in result["config"].items() if key not in _LEFT_OUT}
+    if config["data"] is not None:
+        config["data"] = Path(config["data"]).name
+    test = {key: result["test"][key] for key in ("top1", "top5", "mean_class", "samples")}
+    return {"name": run.name, "config": config, "test": test,
+            "confidence": confidence(Scores.load(work_dir / "scores.npz")),
+            "weights": result["weights"], "bytes": result["file"]["bytes"], "seconds": result["seconds"],
+            "environment": result["environment"], "history": _columns(result["history"])}
+
+
+def _columns(history: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The history by column, shortened: what the figures show."""
+    return {"stage": [record["stage"] for record in history],
+            "loss": [round(record["loss"], 4) for record in history],
+            "masked_norm": [round(sum(record["masked_norms"]), 4) for record in history],
+            "train_accuracy": [round(record["train_accuracy"], 4) for record in history],
+            "test_accuracy": [record.get("test_accuracy") for record in history]}
+
+
+def _groups(combine: Combine, entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    """For each entry with the first value, it and those with the other values, everything else equal."""
+    first, *rest = combine.values
+    for entry in entries:
+        if entry["config"][combine.over] != first:
+            continue
+        same = {key: value for key, value in entry["config"].items() if key not in _depends_on(combine.over)}
+        found = [next((e for e in entries if matches(e, {**same, combine.over: value})), None) for value in rest]
+        if all(member is not None for member in found):
+            yield [entry, *(member for member in found if member is not None)]
+
+
+def _depends_on(over: str) -> tuple[str, ...]:
+    # A dense run has no warm-up, so members that differ in sparsity may differ in it.
+    return (over, "warmup_epochs") if over == "sparsity" else (over,)
+
+
+def _combined(combine: Combine, members: Sequence[Entry], scores: Sequence[Scores]) -> tuple[Entry, Scores]:
+    files = [fusion.Member(member["name"], s.sample, s.label, s.probability, s.logit)
+             for member, s in zip(members, scores, strict=True)]
+    fused = fusion.fuse(files, combine.weights, combine.on)
+    config = {**members[0]["config"], combine.over: combine.name}
+    varied = [key for key in config if key != combine.over and any(m["config"][key] != config[key] for m in members)]
+    config |= dict.fromkeys(varied)
+    name = f"{combine.name}({'+'.join(member['name'] for member in members)})"
+    dense, kept = members[0]["weights"], [member["weights"] for member in members]
+    weights = {"maskable": dense["maskable"], "maskable_kept": sum(w["maskable_kept"] for w in kept),
+               "all": dense["all"], "all_kept": sum(w["all_kept"] for w in kept)}
+    weights |= {f"{key}_kept_fraction": weights[f"{key}_kept"] / weights[key] for key in ("maskable", "all")}
+    entry = {"name": name, "config": config, "members": [member["name"] for member in members],
+             "test": {**fused.metrics(), "samples": len(fused.label)}, "confidence": confidence(fused),
+             "weights": weights, "bytes": sum(member["bytes"] for member in members)}
+    return entry, fused
