@@ -58,3 +58,21 @@ def bench_dw(checked, channels, frames, block):
     checked(lambda: torch.ops.sparse_stgcn.temporal_conv_dw(x, dy, values, None, None, *arguments)[0],
             lambda: torch.autograd.grad(reference.temporal_conv(x.double(), leaf, pattern), leaf, dy.double())[0],
             tolerance=1e-5)
+
+
+@pytest.mark.parametrize(("channels", "frames"), SHAPES, ids=lambda v: str(v))
+@pytest.mark.parametrize("block", [(8, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("product", ["forward", "dx", "dw"])
+def bench_bfloat16(checked, channels, frames, block, product):
+    x, dy, values, pattern, arguments = case(channels, frames, block, 0.95)
+    x, dy, values, ops = x.bfloat16(), dy.bfloat16(), values.bfloat16().float(), torch.ops.sparse_stgcn
+    leaves = [x.double().requires_grad_(), values.double().requires_grad_()]
+    y = reference.temporal_conv(leaves[0], leaves[1], pattern)
+    run, exact = {
+        "forward": (lambda: ops.temporal_conv(x, values, None, *arguments), y.detach()),
+        "dx": (lambda: ops.temporal_conv_dx(dy, values, *arguments, frames),
+               torch.autograd.grad(y, leaves[0], dy.double(), retain_graph=True)[0]),
+        "dw": (lambda: ops.temporal_conv_dw(x, dy, values, None, None, *arguments)[0],
+               torch.autograd.grad(y, leaves[1], dy.double(), retain_graph=True)[0]),
+    }[product]
+    checked(run, lambda: exact, tolerance=1e-5 if product == "dw" else 2.0**-8)  # dw is float32, the others are rounded once

@@ -105,6 +105,16 @@ Lasso<S> lasso(Address masked, Address values, double scale) {
   return {(const uint8_t*)masked, (const S*)values, (S)scale};
 }
 
+// The same for the convolutions, which also take activations in bfloat16: dtype is 0, 1 (double) or 2 (bfloat16). body gets the
+// table, a number of the type that is summed in and one of the type that activations are stored in.
+template <class F>
+void stored(int dtype, F body) {
+  py::gil_scoped_release release;
+  if (dtype == 1) body(table().f64, double{}, double{});
+  else if (dtype == 2) body(table().bf16, float{}, Bfloat16{});
+  else body(table().f32, float{}, float{});
+}
+
 // Calls body with the table of float or double.
 template <class F>
 void typed(bool is_double, F body) {

@@ -4,98 +4,108 @@
 namespace sparse_stgcn::bindings {
 
 void bind_convolutions(py::module_& m) {
-  m.def("temporal_forward", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index, Address x,
+  m.def("temporal_forward", [](int dtype, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index, Address x,
                                const Sizes& x_stride, Address values, Address bias, Address y, int threads) {
-    typed(is_double, [&](auto& ops, auto s) {
+    stored(dtype, [&](auto& ops, auto s, auto a) {
       using S = decltype(s);
-      ops.temporal_forward(temporal_shape(shape), pattern(size, index), view<S>(x, x_stride), (const S*)values, (const S*)bias,
-                           (S*)y, threads);
+      using A = decltype(a);
+      ops.temporal_forward(temporal_shape(shape), pattern(size, index), view<A>(x, x_stride), (const S*)values, (const S*)bias,
+                           (A*)y, threads);
     });
   });
-  m.def("temporal_dx", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index, Address dy,
+  m.def("temporal_dx", [](int dtype, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index, Address dy,
                           const Sizes& dy_stride, Address values, Address dx, int threads) {
-    typed(is_double, [&](auto& ops, auto s) {
+    stored(dtype, [&](auto& ops, auto s, auto a) {
       using S = decltype(s);
-      ops.temporal_dx(temporal_shape(shape), pattern(size, index), view<S>(dy, dy_stride), (const S*)values, (S*)dx, threads);
+      using A = decltype(a);
+      ops.temporal_dx(temporal_shape(shape), pattern(size, index), view<A>(dy, dy_stride), (const S*)values, (A*)dx, threads);
     });
   });
-  m.def("temporal_dw", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index, Address x,
+  m.def("temporal_dw", [](int dtype, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index, Address x,
                           const Sizes& x_stride, Address dy, const Sizes& dy_stride, Address masked, Address values, double scale,
                           Address dw, Address dbias, int threads) {
-    typed(is_double, [&](auto& ops, auto s) {
+    stored(dtype, [&](auto& ops, auto s, auto a) {
       using S = decltype(s);
-      ops.temporal_dw(temporal_shape(shape), pattern(size, index), view<S>(x, x_stride), view<S>(dy, dy_stride),
+      using A = decltype(a);
+      ops.temporal_dw(temporal_shape(shape), pattern(size, index), view<A>(x, x_stride), view<A>(dy, dy_stride),
                       lasso<S>(masked, values, scale), (S*)dw, (S*)dbias, threads);
     });
   });
 
-  m.def("pointwise_backward", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
+  m.def("pointwise_backward", [](int dtype, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
                                  Address x, const Sizes& x_stride, Address dy, const Sizes& dy_stride, Address masked,
                                  Address values, double scale, Address dx, Address dw, Address dbias, int threads) {
-    typed(is_double, [&](auto& ops, auto s) {
+    stored(dtype, [&](auto& ops, auto s, auto a) {
       using S = decltype(s);
-      ops.pointwise_backward(temporal_shape(shape), pattern(size, index), view<S>(x, x_stride), view<S>(dy, dy_stride),
-                             lasso<S>(masked, values, scale), (S*)dx, (S*)dw, (S*)dbias, threads);
+      using A = decltype(a);
+      ops.pointwise_backward(temporal_shape(shape), pattern(size, index), view<A>(x, x_stride), view<A>(dy, dy_stride),
+                             lasso<S>(masked, values, scale), (A*)dx, (S*)dw, (S*)dbias, threads);
     });
   });
 
   // Graph convolution: shape = (N, T, V, K, entries); adjacency = addresses of ptr, src.
-  m.def("graph_forward", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
+  m.def("graph_forward", [](int dtype, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
                             const std::array<Address, 2>& adjacency, Address x, const Sizes& x_stride, Address values, Address coef,
                             Address bias_map, Address y, int threads) {
-    typed(is_double, [&](auto& ops, auto s) {
+    stored(dtype, [&](auto& ops, auto s, auto a) {
       using S = decltype(s);
-      const Adjacency a{shape[3], shape[2], shape[4], (const int32_t*)adjacency[0], (const int32_t*)adjacency[1]};
-      ops.graph_forward(shape[0], shape[1], pattern(size, index), a, view<S>(x, x_stride), (const S*)values, (const S*)coef,
-                        (const S*)bias_map, (S*)y, threads);
+      using A = decltype(a);
+      const Adjacency graph{shape[3], shape[2], shape[4], (const int32_t*)adjacency[0], (const int32_t*)adjacency[1]};
+      ops.graph_forward(shape[0], shape[1], pattern(size, index), graph, view<A>(x, x_stride), (const S*)values, (const S*)coef,
+                        (const S*)bias_map, (A*)y, threads);
     });
   });
-  m.def("graph_dx", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
+  m.def("graph_dx", [](int dtype, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
                        const std::array<Address, 2>& adjacency, Address x, const Sizes& x_stride, Address dy, const Sizes& dy_stride,
                        Address values, Address coef, Address dx, Address dcoef, int threads) {
-    typed(is_double, [&](auto& ops, auto s) {
+    stored(dtype, [&](auto& ops, auto s, auto a) {
       using S = decltype(s);
-      const Adjacency a{shape[3], shape[2], shape[4], (const int32_t*)adjacency[0], (const int32_t*)adjacency[1]};
-      ops.graph_dx(shape[0], shape[1], pattern(size, index), a, view<S>(x, x_stride), view<S>(dy, dy_stride), (const S*)values,
-                   (const S*)coef, (S*)dx, (S*)dcoef, threads);
+      using A = decltype(a);
+      const Adjacency graph{shape[3], shape[2], shape[4], (const int32_t*)adjacency[0], (const int32_t*)adjacency[1]};
+      ops.graph_dx(shape[0], shape[1], pattern(size, index), graph, view<A>(x, x_stride), view<A>(dy, dy_stride), (const S*)values,
+                   (const S*)coef, (A*)dx, (S*)dcoef, threads);
     });
   });
-  m.def("graph_dw", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
+  m.def("graph_dw", [](int dtype, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
                        const std::array<Address, 2>& adjacency, Address x, const Sizes& x_stride, Address dy, const Sizes& dy_stride,
                        Address coef, Address masked, Address values, double scale, Address dw, Address dbias_map, int threads) {
-    typed(is_double, [&](auto& ops, auto s) {
+    stored(dtype, [&](auto& ops, auto s, auto a) {
       using S = decltype(s);
-      const Adjacency a{shape[3], shape[2], shape[4], (const int32_t*)adjacency[0], (const int32_t*)adjacency[1]};
-      ops.graph_dw(shape[0], shape[1], pattern(size, index), a, view<S>(x, x_stride), view<S>(dy, dy_stride), (const S*)coef,
+      using A = decltype(a);
+      const Adjacency graph{shape[3], shape[2], shape[4], (const int32_t*)adjacency[0], (const int32_t*)adjacency[1]};
+      ops.graph_dw(shape[0], shape[1], pattern(size, index), graph, view<A>(x, x_stride), view<A>(dy, dy_stride), (const S*)coef,
                    lasso<S>(masked, values, scale), (S*)dw, (S*)dbias_map, threads);
     });
   });
 
   // The same with graphs of the samples: shape = (N, K, C, R, T, V), of which C and R are not read.
-  m.def("sample_graph_forward", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
+  m.def("sample_graph_forward", [](int dtype, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
                                    Address x, const Sizes& x_stride, Address values, Address graphs, Address bias_map, Address y,
                                    int threads) {
-    typed(is_double, [&](auto& ops, auto s) {
+    stored(dtype, [&](auto& ops, auto s, auto a) {
       using S = decltype(s);
-      ops.sample_graph_forward(dynamic_shape(shape), pattern(size, index), view<S>(x, x_stride), (const S*)values,
-                               (const S*)graphs, (const S*)bias_map, (S*)y, threads);
+      using A = decltype(a);
+      ops.sample_graph_forward(dynamic_shape(shape), pattern(size, index), view<A>(x, x_stride), (const S*)values,
+                               (const S*)graphs, (const S*)bias_map, (A*)y, threads);
     });
   });
-  m.def("sample_graph_dx", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
+  m.def("sample_graph_dx", [](int dtype, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
                               Address x, const Sizes& x_stride, Address dy, const Sizes& dy_stride, Address values, Address graphs,
                               Address dx, Address dgraphs, int threads) {
-    typed(is_double, [&](auto& ops, auto s) {
+    stored(dtype, [&](auto& ops, auto s, auto a) {
       using S = decltype(s);
-      ops.sample_graph_dx(dynamic_shape(shape), pattern(size, index), view<S>(x, x_stride), view<S>(dy, dy_stride),
-                          (const S*)values, (const S*)graphs, (S*)dx, (S*)dgraphs, threads);
+      using A = decltype(a);
+      ops.sample_graph_dx(dynamic_shape(shape), pattern(size, index), view<A>(x, x_stride), view<A>(dy, dy_stride),
+                          (const S*)values, (const S*)graphs, (A*)dx, (S*)dgraphs, threads);
     });
   });
-  m.def("sample_graph_dw", [](bool is_double, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
+  m.def("sample_graph_dw", [](int dtype, const Sizes& shape, const Sizes& size, const std::array<Address, 3>& index,
                               Address x, const Sizes& x_stride, Address dy, const Sizes& dy_stride, Address graphs, Address masked,
                               Address values, double scale, Address dw, Address dbias_map, int threads) {
-    typed(is_double, [&](auto& ops, auto s) {
+    stored(dtype, [&](auto& ops, auto s, auto a) {
       using S = decltype(s);
-      ops.sample_graph_dw(dynamic_shape(shape), pattern(size, index), view<S>(x, x_stride), view<S>(dy, dy_stride),
+      using A = decltype(a);
+      ops.sample_graph_dw(dynamic_shape(shape), pattern(size, index), view<A>(x, x_stride), view<A>(dy, dy_stride),
                           (const S*)graphs, lasso<S>(masked, values, scale), (S*)dw, (S*)dbias_map, threads);
     });
   });

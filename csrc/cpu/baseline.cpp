@@ -17,7 +17,8 @@ namespace {
 }  // namespace
 
 const Table& baseline_table() {
-  static const Table table{"baseline", ops<float>(), ops<double>(), fused_tables_room, fused_make_tables, fused_run, fma_burst};
+  static const Table table{"baseline", ops<float>(), ops<double>(), convolutions<float, Bfloat16>(),
+                           fused_tables_room, fused_make_tables, fused_run, fma_burst};
   return table;
 }
 }  // namespace sparse_stgcn

@@ -21,6 +21,35 @@ INLINE __m512d load_part_native(const double* p, Part<double> m) { return _mm512
 INLINE void store_part_native(float* p, __m512 v, Part<float> m) { _mm512_mask_storeu_ps(p - m.first, (__mmask16)m.bits(), v); }
 INLINE void store_part_native(double* p, __m512d v, Part<double> m) { _mm512_mask_storeu_pd(p - m.first, (__mmask8)m.bits(), v); }
 #endif
+INLINE Vec<float> load_wide(const Bfloat16* p) {
+#if VECTOR_BYTES == 64
+  return (Vec<float>)widened_vector(_mm256_loadu_si256((const __m256i*)p));
+#else
+  float lane[lanes<float>];
+  convert(p, lanes<float>, lane);
+  return load(lane);
+#endif
+}
+template <class S>
+INLINE Vec<S> load_wide(const S* p) { return load(p); }
+INLINE Vec<float> load_part(const Bfloat16* p, Part<float> m) {
+#if VECTOR_BYTES == 64
+  return (Vec<float>)widened_vector(_mm256_maskz_loadu_epi16((__mmask16)m.bits(), p - m.first));
+#else
+  float lane[lanes<float>] = {};
+  convert(p, m.length, lane + m.first);
+  return load(lane);
+#endif
+}
+INLINE void store_part(Bfloat16* p, Vec<float> v, Part<float> m) {
+#if VECTOR_BYTES == 64
+  _mm256_mask_storeu_epi16(p - m.first, (__mmask16)m.bits(), rounded_vector((__m512)v));
+#else
+  float lane[lanes<float>];
+  store(lane, v);
+  convert(lane + m.first, m.length, p);
+#endif
+}
 template <class S>
 INLINE Vec<S> load_part(const S* p, Part<S> m) {
 #if VECTOR_BYTES == 64
@@ -93,11 +122,11 @@ INLINE void frames_inside(int64_t t, int64_t step, int64_t T, int64_t count, int
 
 // Row `to` of a column: `count` frames of channel c. Frame j of a run is frame (its strip's frame) * scale + first + j * step of
 // its sample, zeros outside of [0, T) and in lanes that do not exist.
-template <class S>
-INLINE void pack_column(const View<const S>& x, const Column<S>& column, int64_t c, int64_t T, int64_t scale, int64_t first,
+template <class S, class A>
+INLINE void pack_column(const View<const A>& x, const Column<S>& column, int64_t c, int64_t T, int64_t scale, int64_t first,
                         int64_t step, int64_t count, S* to) {
   const int64_t move = step * x.stride[2], sv = x.stride[3];
-  const S* from[2] = {};
+  const A* from[2] = {};
   int64_t begin[2] = {0, 0}, end[2] = {count, count};
   if (column.runs > 2 || sv != 1) {
     std::memset(to, 0, count * lanes<S> * sizeof(S));
@@ -105,9 +134,9 @@ INLINE void pack_column(const View<const S>& x, const Column<S>& column, int64_t
       const auto& run = column.run[r];
       const int64_t t = run.frame * scale + first;
       frames_inside(t, step, T, count, begin, end);
-      const S* p = x.data + run.sample * x.stride[0] + c * x.stride[1] + t * x.stride[2] + run.joint * sv;
+      const A* p = x.data + run.sample * x.stride[0] + c * x.stride[1] + t * x.stride[2] + run.joint * sv;
       for (int64_t j = begin[0]; j < end[0]; j++)
-        for (int32_t l = 0; l < run.part.length; l++) to[j * lanes<S> + run.part.first + l] = p[j * move + l * sv];
+        for (int32_t l = 0; l < run.part.length; l++) convert(p + j * move + l * sv, 1, to + j * lanes<S> + run.part.first + l);
     }
     return;
   }
@@ -121,7 +150,7 @@ INLINE void pack_column(const View<const S>& x, const Column<S>& column, int64_t
   if (column.runs == 1) {
     for (int64_t j = 0; j < begin[0]; j++) store(to + j * lanes<S>, Vec<S>{});
     if (a.length == lanes<S>)
-      for (int64_t j = begin[0]; j < end[0]; j++) store(to + j * lanes<S>, load(from[0] + j * move));
+      for (int64_t j = begin[0]; j < end[0]; j++) store(to + j * lanes<S>, load_wide(from[0] + j * move));
     else
       for (int64_t j = begin[0]; j < end[0]; j++) store(to + j * lanes<S>, load_part(from[0] + j * move, a));
     for (int64_t j = end[0]; j < count; j++) store(to + j * lanes<S>, Vec<S>{});
@@ -142,13 +171,13 @@ INLINE void pack_column(const View<const S>& x, const Column<S>& column, int64_t
 }
 
 // Where a column's rows go in a contiguous tensor (N, C, T, V): address and number of existing frames of every run.
-template <class S>
+template <class S, class A>
 struct ColumnOutput {
   const Column<S>& column;
-  S* to[lanes<S>];  // of channel 0
+  A* to[lanes<S>];  // of channel 0
   int64_t frames[lanes<S>], channel, V;
 
-  ColumnOutput(const Column<S>& c, S* y, int64_t channels, int64_t T, int64_t V, int64_t strip_frames)
+  ColumnOutput(const Column<S>& c, A* y, int64_t channels, int64_t T, int64_t V, int64_t strip_frames)
       : column(c), channel(T * V), V(V) {
     for (int r = 0; r < c.runs; r++) {
       const auto& run = c.run[r];

@@ -17,11 +17,13 @@ const Table& choose() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (avx512_bf16 && (name.empty() || name == "avx512_bf16")) return avx512_bf16_table(!name.empty());
   if (avx512 && (name.empty() || name == "avx512")) return avx512_table();
   if (avx2 && (name.empty() || name == "avx2")) return avx2_table();
 #endif
   if (name.empty() || name == "baseline") return baseline_table();
-  throw std::invalid_argument("Expected SPARSE_STGCN_ISA to be avx512, avx2 or baseline, and one that this processor has. Got " +
+  throw std::invalid_argument("Expected SPARSE_STGCN_ISA to be avx512_bf16, avx512, avx2 or baseline, and one that this processor has. Got " +
                               name + "; unset it to let the best one be chosen.");
 }
 }  // namespace

@@ -22,7 +22,16 @@ INLINE void fused_row(const float* x, Entries<float> e, int64_t rows, int64_t pi
   });
 }
 
-INLINE Vec<float> relu(Vec<float> v) { return v > Vec<float>{} ? v : Vec<float>{}; }
+// max(v, 0): one instruction with the bits of v > 0 ? v : 0, for NaN and -0 too.
+INLINE Vec<float> relu(Vec<float> v) {
+#if VECTOR_BYTES == 64
+  return (Vec<float>)_mm512_max_ps((__m512)v, _mm512_setzero_ps());
+#elif VECTOR_BYTES == 32
+  return (Vec<float>)_mm256_max_ps((__m256)v, _mm256_setzero_ps());
+#else
+  return v > Vec<float>{} ? v : Vec<float>{};
+#endif
+}
 
 INLINE Entries<float> fused_entries(const FusedStep& s, int64_t g) {
   const int64_t first = s.row_ptr[g];
@@ -35,6 +44,9 @@ struct Share {
   int64_t begin(int64_t n) const { return part * n / parts; }
   int64_t end(int64_t n) const { return (part + 1) * n / parts; }
 };
+
+// Frames of a step's tiles, at most s.tile and as even as they can be: a small last one would leave vectors idle.
+INLINE int64_t even_tile(const FusedStep& s) { return ceil_div(s.frames, max64(1, ceil_div(s.frames, s.tile))); }
 
 INLINE void clear_halo(const FusedStep& s, int64_t V, float* arena, Share share) {
   if (!s.lead && !s.trail) return;
@@ -56,16 +68,17 @@ enum Epilogue { kPlain, kRelu, kAdded, kReluAdded };
 
 template <Epilogue E>
 STEP void fused_conv_rows(const FusedStep& s, int64_t pixels, float* arena, Share share) {
+  const int64_t ldy = s.dst_ld, ldr = s.residual_ld;  // copies: a store through a float* may change what lies in memory
   for (int64_t at = 0; at < pixels; at += fused_sweep)
     for (int64_t g = share.begin(s.groups), last = share.end(s.groups); g < last; g++) {
       const int64_t first = g * s.bo, rows = min64(s.bo, s.rows - first);
       const float* bias = s.bias + first;
-      const float* residual = arena + s.residual + first * s.residual_ld + at;
-      fused_row(arena + at, fused_entries(s, g), rows, min64(fused_sweep, pixels - at), arena + s.dst + first * s.dst_ld + at, s.dst_ld,
-                [&](int64_t o, int64_t, int) __attribute__((always_inline)) { return splat<float>(bias[o]); },
-                [&](int64_t o, int64_t p, Vec<float> sum) __attribute__((always_inline)) {
+      const float* residual = arena + s.residual + first * ldr + at;
+      fused_row(arena + at, fused_entries(s, g), rows, min64(fused_sweep, pixels - at), arena + s.dst + first * ldy + at, ldy,
+                [=](int64_t o, int64_t, int) __attribute__((always_inline)) { return splat<float>(bias[o]); },
+                [=](int64_t o, int64_t p, Vec<float> sum) __attribute__((always_inline)) {
                   if constexpr (E == kReluAdded) sum = relu(sum);
-                  if constexpr (E >= kAdded) sum += load(residual + o * s.residual_ld + p);
+                  if constexpr (E >= kAdded) sum += load(residual + o * ldr + p);
                   if constexpr (E != kPlain) sum = relu(sum);
                   return sum;
                 });
@@ -100,17 +113,19 @@ struct MadeRows {
 
 STEP void fused_graph(const FusedStep& s, int64_t V, const AdjacencyTable<float>& adjacency, float* arena, Share share) {
   const MadeRows made(s, arena, share);
-  for (int64_t t0 = 0; t0 < s.frames; t0 += s.tile) {
-    const int64_t frames = min64(s.tile, s.frames - t0);
+  const int64_t ldy = s.dst_ld, ldb = s.bias_ld;
+  const int64_t tile = even_tile(s);
+  for (int64_t t0 = 0; t0 < s.frames; t0 += tile) {
+    const int64_t frames = min64(tile, s.frames - t0);
     for (int64_t z = 0; z < s.made; z++)
       if (made.has(z))
         adjacency.apply(s.made_subset[z], arena + s.src + s.made_input[z] * s.src_ld + t0 * V, frames, made.z + z * s.scratch_ld);
     for (int64_t g = share.begin(s.groups), last = share.end(s.groups); g < last; g++) {
       const int64_t first = g * s.bo, rows = min64(s.bo, s.rows - first);
-      const float* bias = s.bias + first * s.bias_ld;
-      fused_row(made.z, fused_entries(s, g), rows, frames * V, arena + s.dst + first * s.dst_ld + t0 * V, s.dst_ld,
-                [&](int64_t o, int64_t p, int i) __attribute__((always_inline)) { return load(bias + o * s.bias_ld + p % V + i * lanes<float>); },
-                [&](int64_t, int64_t, Vec<float> sum) __attribute__((always_inline)) { return relu(sum); });
+      const float* bias = s.bias + first * ldb;
+      fused_row(made.z, fused_entries(s, g), rows, frames * V, arena + s.dst + first * ldy + t0 * V, ldy,
+                [=](int64_t o, int64_t p, int i) __attribute__((always_inline)) { return load(bias + o * ldb + p % V + i * lanes<float>); },
+                [](int64_t, int64_t, Vec<float> sum) __attribute__((always_inline)) { return relu(sum); });
     }
   }
   clear_halo(s, V, arena, share);

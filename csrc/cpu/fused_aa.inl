@@ -57,9 +57,10 @@ STEP void aa_apply(const FusedStep& s, int64_t V, float* arena, Share share) {
   const MadeRows made(s, arena, share);
   const Joints<float> j(V);
   // Whole vectors may be written where the next frame comes later: rows of up to 3 vectors are made in one go.
-  const int64_t last = j.vectors <= 3 ? lanes<float> : j.last;
-  for (int64_t t0 = 0; t0 < s.frames; t0 += s.tile) {
-    const int64_t frames = min64(s.tile, s.frames - t0);
+  const int64_t last = j.vectors <= 3 ? lanes<float> : j.last, ldr = s.residual_ld;
+  const int64_t tile = even_tile(s);
+  for (int64_t t0 = 0; t0 < s.frames; t0 += tile) {
+    const int64_t frames = min64(tile, s.frames - t0);
     float* z = made.z;
     for (int64_t m = 0; m < s.made; m++, z += s.scratch_ld) {
       if (!made.has(m)) continue;
@@ -70,17 +71,17 @@ STEP void aa_apply(const FusedStep& s, int64_t V, float* arena, Share share) {
     for (int64_t g = share.begin(s.groups); g < share.end(s.groups); g++) {
       const int64_t first = g * s.bo, rows = min64(s.bo, s.rows - first);
       const float* bias = s.bias + first;
-      const float* res = arena + s.residual + first * s.residual_ld + t0 * V;
+      const float* res = arena + s.residual + first * ldr + t0 * V;
       float* y = arena + s.dst + first * s.dst_ld + t0 * V;
-      auto start = [&](int64_t o, int64_t, int) __attribute__((always_inline)) { return splat<float>(bias[o]); };
+      auto start = [=](int64_t o, int64_t, int) __attribute__((always_inline)) { return splat<float>(bias[o]); };
       if (s.residual >= 0)
         fused_row(made.z, fused_entries(s, g), rows, frames * V, y, s.dst_ld, start,
-                  [&](int64_t o, int64_t p, Vec<float> sum) __attribute__((always_inline)) {
-                    return relu(sum + load(res + o * s.residual_ld + p));
+                  [=](int64_t o, int64_t p, Vec<float> sum) __attribute__((always_inline)) {
+                    return relu(sum + load(res + o * ldr + p));
                   });
       else
         fused_row(made.z, fused_entries(s, g), rows, frames * V, y, s.dst_ld, start,
-                  [&](int64_t, int64_t, Vec<float> sum) __attribute__((always_inline)) { return relu(sum); });
+                  [](int64_t, int64_t, Vec<float> sum) __attribute__((always_inline)) { return relu(sum); });
     }
   }
   clear_halo(s, V, arena, share);

@@ -47,6 +47,7 @@ INLINE void columns_tile(const float* x, int64_t apart, const Entries<float>& e,
 // All block rows of a share over the F frames of P neighbouring columns, the first of which is at `column`.
 template <int P>
 STEP void convolve_columns(const FusedNetwork& net, const FusedStep& s, float* column, Share share) {
+  const int64_t ldy = s.dst_ld, ldr = s.residual_ld, apart = net.column;
   for (int64_t g = share.begin(s.groups), last = share.end(s.groups); g < last; g++) {
     const Entries<float> e = fused_entries(s, g);
     row_pieces(min64(s.bo, s.rows - g * s.bo), [&](auto r, int64_t o) __attribute__((always_inline)) {
@@ -55,15 +56,16 @@ STEP void convolve_columns(const FusedNetwork& net, const FusedStep& s, float* c
       const int64_t row = g * s.bo + o;
       even_pieces<frame_tile<R> / P>(s.frames, [&](auto n, int64_t at) __attribute__((always_inline)) {
         constexpr int N = decltype(n)::value;
-        const float* residual = s.residual >= 0 ? column + s.residual + row * s.residual_ld + at * 16 : nullptr;
-        float* y = column + s.dst + row * s.dst_ld + at * 16;
+        const float* residual = s.residual >= 0 ? column + s.residual + row * ldr + at * 16 : nullptr;
+        float* y = column + s.dst + row * ldy + at * 16;
+        const float* bias = s.bias + row;
         columns_tile<R, N, P>(
-            column + at * 16, net.column, piece,
-            [&](int k, int) __attribute__((always_inline)) { return splat<float>(s.bias[row + k]); },
-            [&](int k, int i, Vec<float> sum) __attribute__((always_inline)) {
-              const int64_t p = i / N * net.column + i % N * 16;
-              if (residual) sum += load(residual + k * s.residual_ld + p);
-              store(y + k * s.dst_ld + p, relu(sum));
+            column + at * 16, apart, piece,
+            [=](int k, int) __attribute__((always_inline)) { return splat<float>(bias[k]); },
+            [=](int k, int i, Vec<float> sum) __attribute__((always_inline)) {
+              const int64_t p = i / N * apart + i % N * 16;
+              if (residual) sum += load(residual + k * ldr + p);
+              store(y + k * ldy + p, relu(sum));
             });
       });
     });
@@ -112,7 +114,8 @@ STEP void column_graph(const FusedNetwork& net, const FusedStep& s, const Adjace
         const Entries<float> piece{e.offset, e.weight + o, e.n, e.bo};
         const int64_t row = g * s.bo + o;
         const float* bias = s.bias + row * s.bias_ld;
-        float* y = arena + s.dst + row * s.dst_ld + t0 * 16;
+        const int64_t ldb = s.bias_ld, ldy = s.dst_ld, apart = net.column;
+        float* y = arena + s.dst + row * ldy + t0 * 16;
         even_pieces<frame_tile<R>>(frames * C, [&](auto n, int64_t p) __attribute__((always_inline)) {
           const int64_t first = p % C;
           int64_t c = 0, to = 0;  // column and place of the vector at hand: start and finish are called in the order of vectors
@@ -120,13 +123,13 @@ STEP void column_graph(const FusedNetwork& net, const FusedStep& s, const Adjace
               made.z + p * 16, piece,
               [&](int k, int i) __attribute__((always_inline)) {
                 c = i == 0 || c + 1 == C ? (i == 0 ? first : 0) : c + 1;
-                return load(bias + k * s.bias_ld + c * 16);
+                return load(bias + k * ldb + c * 16);
               },
               [&](int k, int i, Vec<float> sum) __attribute__((always_inline)) {
-                if (i == 0) c = first, to = first * net.column + p / C * 16;
-                store(y + k * s.dst_ld + to, relu(sum));
-                if (++c == C) c = 0, to += 16 - (C - 1) * net.column;
-                else to += net.column;
+                if (i == 0) c = first, to = first * apart + p / C * 16;
+                store(y + k * ldy + to, relu(sum));
+                if (++c == C) c = 0, to += 16 - (C - 1) * apart;
+                else to += apart;
               });
         });
       });

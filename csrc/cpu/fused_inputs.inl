@@ -36,12 +36,12 @@ __attribute__((noinline)) void fused_ctr_inputs(const FusedStep& s, int64_t V, f
         for (int64_t t = 1; t < s.tile; t++) std::memcpy(y + t * V, y, V * sizeof(float));
     }
     for (int64_t g = 0; g < s.groups; g++) {
-      const int64_t first = g * s.bo, rows = min64(s.bo, s.rows - first);
-      const float *bias = s.bias + first, *res = arena + s.residual + first * s.residual_ld + t0 * V;
+      const int64_t first = g * s.bo, rows = min64(s.bo, s.rows - first), ldr = s.residual_ld;
+      const float *bias = s.bias + first, *res = arena + s.residual + first * ldr + t0 * V;
       fused_row(arena + s.scratch, fused_entries(s, g), rows, frames * V, arena + s.dst + first * s.dst_ld + t0 * V, s.dst_ld,
-                [&](int64_t o, int64_t, int) __attribute__((always_inline)) { return splat<float>(bias[o]); },
-                [&](int64_t o, int64_t p, Vec<float> sum) __attribute__((always_inline)) {
-                  return relu(sum + load(res + o * s.residual_ld + p));
+                [=](int64_t o, int64_t, int) __attribute__((always_inline)) { return splat<float>(bias[o]); },
+                [=](int64_t o, int64_t p, Vec<float> sum) __attribute__((always_inline)) {
+                  return relu(sum + load(res + o * ldr + p));
                 });
     }
   }

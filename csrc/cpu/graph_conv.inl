@@ -36,8 +36,8 @@ struct GraphPlan {
   int64_t panel_size() const { return (zrows + 1) * ld; }
 };
 
-template <class S, class G>
-void pack_graph_panel(const GraphPlan& plan, int64_t T, int64_t V, const Pattern& p, const G& graph, const View<const S>& x,
+template <class S, class A, class G>
+void pack_graph_panel(const GraphPlan& plan, int64_t T, int64_t V, const Pattern& p, const G& graph, const View<const A>& x,
                       int64_t n, int64_t t0, int64_t frames, S* input, S* panel) {
   for (int64_t i = 0; i < p.I; i++) {
     bool packed = false;
@@ -58,33 +58,39 @@ INLINE size_t graph_room(const Pattern& p) {
   return Scratch::room<int32_t>(p.I * p.K) + Scratch::room<int32_t>(p.blocks * p.bi);
 }
 
-template <class S, class G>
-void graph_forward_with(int64_t N, int64_t T, int64_t V, const Pattern& p, const G& graphs, View<const S> x, const S* values,
-                        const S* bias_map, S* y, int threads) {
+// A is what x, y and their gradients are stored as; T are frames.
+template <class S, class A, class G>
+void graph_forward_with(int64_t N, int64_t T, int64_t V, const Pattern& p, const G& graphs, View<const A> x, const S* values,
+                        const S* bias_map, A* y, int threads) {
   int32_t* row = call_scratch.take<int32_t>(p.I * p.K);
   int32_t* offset = call_scratch.take<int32_t>(p.blocks * p.bi);
   const auto plan = GraphPlan::make<S>(N, T, V, p, threads, threads, row);
   plan.offsets(p, offset);
   parallel(N * plan.tiles, threads, [&](int64_t task) {
     const int64_t n = task / plan.tiles, t0 = task % plan.tiles * plan.frames, frames = min64(plan.frames, T - t0);
-    task_scratch.reserve(Scratch::room<S>(plan.panel_size()) + Scratch::room<S>(plan.ld));
+    task_scratch.reserve(Scratch::room<S>(plan.panel_size()) + Scratch::room<S>(plan.ld) +
+                         OutputRows<S, A>::needed(p.bo * plan.ld));
     S* panel = task_scratch.take<S>(plan.panel_size());
     S* input = task_scratch.take<S>(plan.ld);
+    S* room = task_scratch.take<S>(0);
     pack_graph_panel(plan, T, V, p, graphs.at(n), x, n, t0, frames, input, panel);
-    S* out = y + n * p.O * T * V + t0 * V;
-    for (int64_t g = 0; g < p.rows; g++)
-      gather_row(panel, block_row(p, g, offset, values), live_rows(p, g), (const S*)nullptr, out + g * p.bo * T * V, T * V,
-                 frames * V);
-    if (bias_map)
-      for (int64_t o = 0; o < p.O; o++)
-        for (int64_t t = 0; t < frames; t++)
-          for (int64_t v = 0; v < V; v++) out[(o * T + t) * V + v] += bias_map[o * V + v];
+    for (int64_t g = 0; g < p.rows; g++) {
+      const int64_t live = live_rows(p, g);
+      A* out = y + ((n * p.O + g * p.bo) * T + t0) * V;
+      const OutputRows<S, A> sums(room, plan.ld, out, T * V);
+      gather_row(panel, block_row(p, g, offset, values), live, (const S*)nullptr, sums.rows, sums.ld, frames * V);
+      if (bias_map)
+        for (int64_t o = 0; o < live; o++)
+          for (int64_t t = 0; t < frames; t++)
+            for (int64_t v = 0; v < V; v++) sums.rows[o * sums.ld + t * V + v] += bias_map[(g * p.bo + o) * V + v];
+      sums.finish(live, frames * V, out, T * V);
+    }
   });
 }
 
-template <class S>
-void graph_forward(int64_t N, int64_t T, const Pattern& p, const Adjacency& a, View<const S> x, const S* values,
-                   const S* coef, const S* bias_map, S* y, int threads) {
+template <class S, class A>
+void graph_forward(int64_t N, int64_t T, const Pattern& p, const Adjacency& a, View<const A> x, const S* values,
+                   const S* coef, const S* bias_map, A* y, int threads) {
   call_scratch.reserve(graph_room(p) + AdjacencyTable<S>::room(a));
   const AdjacencyTable<S> adjacency(a, coef, false, call_scratch);
   graph_forward_with(N, T, a.V, p, adjacency, x, values, bias_map, y, threads);
@@ -104,9 +110,9 @@ struct GatheredDz {
 };
 
 // Tiles of samples, always the same ones: dA is a sum over them. Returns how many partial sums of it there are.
-template <class S, class G>
+template <class S, class A, class G>
 int64_t graph_dx_with(int64_t N, int64_t T, int64_t V, const Pattern& p, const GraphPlan& plan, const G& forward,
-                      const G& transposed, View<const S> x, View<const S> dy, const S* values, S* dx, S* partial,
+                      const G& transposed, View<const A> x, View<const A> dy, const S* values, A* dx, S* partial,
                       int64_t sums, int threads) {
   int32_t* offset = call_scratch.take<int32_t>(p.blocks * p.bi);
   plan.offsets(p, offset);
@@ -147,16 +153,16 @@ int64_t graph_dx_with(int64_t N, int64_t T, int64_t V, const Pattern& p, const G
           back.add(k, dz, frames, output);
           if (partial) graph.correlate(k, input, dz, frames, sum);
         }
-        std::memcpy(dx + ((n * p.I + i) * T + t0) * V, output, frames * V * sizeof(S));
+        convert(output, frames * V, dx + ((n * p.I + i) * T + t0) * V);
       }
     }
   });
   return G::of_samples ? tasks : chunks;
 }
 
-template <class S>
-void graph_dx(int64_t N, int64_t T, const Pattern& p, const Adjacency& a, View<const S> x, View<const S> dy,
-              const S* values, const S* coef, S* dx, S* dcoef, int threads) {
+template <class S, class A>
+void graph_dx(int64_t N, int64_t T, const Pattern& p, const Adjacency& a, View<const A> x, View<const A> dy,
+              const S* values, const S* coef, A* dx, S* dcoef, int threads) {
   const int64_t sums = AdjacencyTable<S>::sums(a);
   call_scratch.reserve(graph_room(p) + 2 * AdjacencyTable<S>::room(a) + Scratch::room<S>(max_chunks * sums) +
                        TransposedEntries<S>::room(p, p.K));
@@ -176,8 +182,8 @@ size_t graph_dw_room(const Pattern& p, int64_t V) {
   return graph_room(p) + Scratch::room<S>(max_chunks * p.blocks * p.bi * p.bo) + Scratch::room<S>(max_chunks * p.O * V);
 }
 
-template <class S, class G>
-void graph_dw_with(int64_t N, int64_t T, int64_t V, const Pattern& p, const G& graphs, View<const S> x, View<const S> dy,
+template <class S, class A, class G>
+void graph_dw_with(int64_t N, int64_t T, int64_t V, const Pattern& p, const G& graphs, View<const A> x, View<const A> dy,
                    const Lasso<S>& lasso, S* dw, S* dbias_map, int threads) {
   const int64_t entries = p.blocks * p.bi, size = entries * p.bo;
   int32_t* row = call_scratch.take<int32_t>(p.I * p.K);
@@ -216,8 +222,8 @@ void graph_dw_with(int64_t N, int64_t T, int64_t V, const Pattern& p, const G& g
   if (dbias_map) add_chunks(partial_bias, chunks, p.O, V, Lasso<S>{}, dbias_map, 1);
 }
 
-template <class S>
-void graph_dw(int64_t N, int64_t T, const Pattern& p, const Adjacency& a, View<const S> x, View<const S> dy, const S* coef,
+template <class S, class A>
+void graph_dw(int64_t N, int64_t T, const Pattern& p, const Adjacency& a, View<const A> x, View<const A> dy, const S* coef,
               const Lasso<S>& lasso, S* dw, S* dbias_map, int threads) {
   call_scratch.reserve(graph_dw_room<S>(p, a.V) + AdjacencyTable<S>::room(a));
   const AdjacencyTable<S> adjacency(a, coef, false, call_scratch);

@@ -1,5 +1,6 @@
 // The body of one instruction set: included once by each <isa>.cpp, which defines TABLE, NAME and the vector width.
 #include "simd.inl"
+#include "bfloat16.inl"
 #include "tile.inl"
 #include "panel.inl"
 #include "columns.inl"
@@ -34,11 +35,15 @@
 #include "fused_aa.inl"
 #include "peak.inl"
 
+template <class S, class A>
+constexpr Convolutions<S, A> convolutions() {
+  return {temporal_forward<S, A>, temporal_dx<S, A>, temporal_dw<S, A>, pointwise_backward<S, A>, graph_forward<S, A>,
+          graph_dx<S, A>, graph_dw<S, A>, sample_graph_forward<S, A>, sample_graph_dx<S, A>, sample_graph_dw<S, A>};
+}
+
 template <class S>
 constexpr Ops<S> ops() {
-  return {temporal_forward<S>, temporal_dx<S>, temporal_dw<S>, pointwise_backward<S>, graph_forward<S>,
-          graph_dx<S>,         graph_dw<S>,    sample_graph_forward<S>, sample_graph_dx<S>,
-          sample_graph_dw<S>, graph_product<S>, graph_product_backward<S>, sample_product<S>,
+  return {convolutions<S, S>(), graph_product<S>, graph_product_backward<S>, sample_product<S>,
           sample_product_backward<S>, lasso_square<S>, lasso_gradient<S>,
           aa_graphs<S>,        aa_graphs_backward<S>, ctr_forward<S>, ctr_backward<S>, dg_forward<S>, dg_backward<S>,
           norm_forward<S>,     norm_backward<S>, attend_forward<S>,   attend_backward<S>, pool_forward<S>, pool_backward<S>,

@@ -6,29 +6,29 @@
 // (k * dilation) / stride frames: for any stride and dilation a tap is one fixed offset.
 
 // Frames [first, first + count) of channel c of sample n, in steps of `step`, to `to` as rows of V; outside: zeros.
-template <class S>
-INLINE void copy_frames(const View<const S>& x, int64_t n, int64_t c, int64_t T, int64_t V, int64_t first, int64_t step,
+template <class S, class A>
+INLINE void copy_frames(const View<const A>& x, int64_t n, int64_t c, int64_t T, int64_t V, int64_t first, int64_t step,
                         int64_t count, S* to) {
-  const S* from = x.data + n * x.stride[0] + c * x.stride[1];
+  const A* from = x.data + n * x.stride[0] + c * x.stride[1];
   const int64_t st = x.stride[2], sv = x.stride[3];
   if (step == 1 && sv == 1 && st == V) {  // one run
     const int64_t begin = min64(max64(-first, 0), count), end = max64(min64(T - first, count), begin);
     std::memset(to, 0, begin * V * sizeof(S));
-    if (end > begin) std::memcpy(to + begin * V, from + (first + begin) * V, (end - begin) * V * sizeof(S));
+    if (end > begin) convert(from + (first + begin) * V, (end - begin) * V, to + begin * V);
     std::memset(to + end * V, 0, (count - end) * V * sizeof(S));
     return;
   }
   for (int64_t j = 0; j < count; j++, to += V) {
     const int64_t t = first + j * step;
     if (t < 0 || t >= T) std::memset(to, 0, V * sizeof(S));
-    else if (sv == 1) std::memcpy(to, from + t * st, V * sizeof(S));
-    else for (int64_t v = 0; v < V; v++) to[v] = from[t * st + v * sv];
+    else if (sv == 1) convert(from + t * st, V, to);
+    else for (int64_t v = 0; v < V; v++) convert(from + t * st + v * sv, 1, to + v);
   }
 }
 
 // Rows [first_row, first_row + rows) of frames [t0, t0 + frames), each padded with zeros to ld elements.
-template <class S>
-INLINE void pack_rows(const View<const S>& x, int64_t n, int64_t first_row, int64_t rows, int64_t T, int64_t V, int64_t t0,
+template <class S, class A>
+INLINE void pack_rows(const View<const A>& x, int64_t n, int64_t first_row, int64_t rows, int64_t T, int64_t V, int64_t t0,
                       int64_t frames, S* to, int64_t ld) {
   for (int64_t r = 0; r < rows; r++, to += ld) {
     copy_frames(x, n, first_row + r, T, V, t0, 1, frames, to);

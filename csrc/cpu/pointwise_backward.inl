@@ -1,8 +1,8 @@
 // dX, dW and the bias's gradient of a 1 x 1 convolution of stride 1 in one pass: every tile packs dy once for scatter and dot.
 // Tiles and their sums are the same ones whatever the number of threads.
-template <class S>
-void pointwise_backward(const TemporalShape& s, const Pattern& p, View<const S> x, View<const S> dy, const Lasso<S>& lasso,
-                        S* dx, S* dw, S* dbias, int threads) {
+template <class S, class A>
+void pointwise_backward(const TemporalShape& s, const Pattern& p, View<const A> x, View<const A> dy, const Lasso<S>& lasso,
+                        A* dx, S* dw, S* dbias, int threads) {
   TemporalPlan plan = TemporalPlan::make<S>(s, p, fixed_threads, fixed_tasks);
   plan.frames = tile_frames(s.T, 2 * p.I + p.bo, s.V, sizeof(S), s.N, fixed_threads, fixed_tasks);
   plan.tiles = ceil_div(s.T, plan.frames);
@@ -36,7 +36,7 @@ void pointwise_backward(const TemporalShape& s, const Pattern& p, View<const S> 
         for (int64_t o = 0; o < live; o++) bias[g * p.bo + o] += sum_row(rows + o * ldy, frames * s.V);
       }
       for (int64_t i = 0; i < p.I; i++)
-        std::memcpy(dx + ((n * p.I + i) * s.T + t0) * s.V, gradient + i * plan.ld, frames * s.V * sizeof(S));
+        convert(gradient + i * plan.ld, frames * s.V, dx + ((n * p.I + i) * s.T + t0) * s.V);
     }
     clear_ragged(p, sum);
   });

@@ -33,9 +33,9 @@ struct SampleGraphs {
   SampleGraph<S> at(int64_t n) const { return {j, maps + n * K * j.map}; }
 };
 
-template <class S>
-void sample_graph_forward(const DynamicShape& s, const Pattern& p, View<const S> x, const S* values, const S* graphs,
-                          const S* bias_map, S* y, int threads) {
+template <class S, class A>
+void sample_graph_forward(const DynamicShape& s, const Pattern& p, View<const A> x, const S* values, const S* graphs,
+                          const S* bias_map, A* y, int threads) {
   const Joints<S> j(s.V);
   call_scratch.reserve(graph_room(p) + SampleGraphs<S>::room(j, s.N, p.K));
   const SampleGraphs<S> forward(j, s.N, p.K, graphs, false, call_scratch);
@@ -43,9 +43,9 @@ void sample_graph_forward(const DynamicShape& s, const Pattern& p, View<const S>
 }
 
 // dgraphs (N, K, V, V) may be nullptr.
-template <class S>
-void sample_graph_dx(const DynamicShape& s, const Pattern& p, View<const S> x, View<const S> dy, const S* values,
-                     const S* graphs, S* dx, S* dgraphs, int threads) {
+template <class S, class A>
+void sample_graph_dx(const DynamicShape& s, const Pattern& p, View<const A> x, View<const A> dy, const S* values,
+                     const S* graphs, A* dx, S* dgraphs, int threads) {
   const Joints<S> j(s.V);
   const int64_t sums = p.K * j.map;
   const auto make_plan = [&] { return GraphPlan::make<S>(s.N, s.T, s.V, p, fixed_threads, fixed_tasks, call_scratch.take<int32_t>(p.I * p.K)); };
@@ -65,8 +65,8 @@ void sample_graph_dx(const DynamicShape& s, const Pattern& p, View<const S> x, V
   }
 }
 
-template <class S>
-void sample_graph_dw(const DynamicShape& s, const Pattern& p, View<const S> x, View<const S> dy, const S* graphs,
+template <class S, class A>
+void sample_graph_dw(const DynamicShape& s, const Pattern& p, View<const A> x, View<const A> dy, const S* graphs,
                      const Lasso<S>& lasso, S* dw, S* dbias_map, int threads) {
   const Joints<S> j(s.V);
   call_scratch.reserve(graph_dw_room<S>(p, s.V) + SampleGraphs<S>::room(j, s.N, p.K));

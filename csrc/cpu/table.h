@@ -9,6 +9,11 @@
 
 namespace sparse_stgcn {
 
+// The upper half of a float: activations may be stored in it, nothing is summed in it.
+struct Bfloat16 {
+  uint16_t bits;
+};
+
 // The live blocks of a weight (O, I, K): see kernels/pattern.py.
 struct Pattern {
   int64_t O, I, K, bo, bi, rows, blocks;
@@ -103,29 +108,34 @@ struct BlockGradients {
   bool identity;                     // the residual is x: dx includes its gradient
 };
 
-template <class S>
-struct Ops {
-  void (*temporal_forward)(const TemporalShape&, const Pattern&, View<const S> x, const S* values, const S* bias, S* y,
+// The convolutions: A is what activations and their gradients are stored in; weights, their gradients and all sums are S.
+template <class S, class A>
+struct Convolutions {
+  void (*temporal_forward)(const TemporalShape&, const Pattern&, View<const A> x, const S* values, const S* bias, A* y,
                            int threads);
-  void (*temporal_dx)(const TemporalShape&, const Pattern&, View<const S> dy, const S* values, S* dx, int threads);
-  void (*temporal_dw)(const TemporalShape&, const Pattern&, View<const S> x, View<const S> dy, const Lasso<S>&, S* dw,
+  void (*temporal_dx)(const TemporalShape&, const Pattern&, View<const A> dy, const S* values, A* dx, int threads);
+  void (*temporal_dw)(const TemporalShape&, const Pattern&, View<const A> x, View<const A> dy, const Lasso<S>&, S* dw,
                       S* dbias, int threads);
   // 1 x 1, stride 1: both gradients; the weights are those of the lasso, whose term is optional.
-  void (*pointwise_backward)(const TemporalShape&, const Pattern&, View<const S> x, View<const S> dy, const Lasso<S>&, S* dx,
+  void (*pointwise_backward)(const TemporalShape&, const Pattern&, View<const A> x, View<const A> dy, const Lasso<S>&, A* dx,
                              S* dw, S* dbias, int threads);
-  void (*graph_forward)(int64_t N, int64_t T, const Pattern&, const Adjacency&, View<const S> x, const S* values,
-                        const S* coef, const S* bias_map, S* y, int threads);
-  void (*graph_dx)(int64_t N, int64_t T, const Pattern&, const Adjacency&, View<const S> x, View<const S> dy,
-                   const S* values, const S* coef, S* dx, S* dcoef, int threads);
-  void (*graph_dw)(int64_t N, int64_t T, const Pattern&, const Adjacency&, View<const S> x, View<const S> dy,
+  void (*graph_forward)(int64_t N, int64_t T, const Pattern&, const Adjacency&, View<const A> x, const S* values,
+                        const S* coef, const S* bias_map, A* y, int threads);
+  void (*graph_dx)(int64_t N, int64_t T, const Pattern&, const Adjacency&, View<const A> x, View<const A> dy,
+                   const S* values, const S* coef, A* dx, S* dcoef, int threads);
+  void (*graph_dw)(int64_t N, int64_t T, const Pattern&, const Adjacency&, View<const A> x, View<const A> dy,
                    const S* coef, const Lasso<S>&, S* dw, S* dbias_map, int threads);
   // The same with graphs (N, K, V, V), one of its own for every sample. dgraphs may be nullptr.
-  void (*sample_graph_forward)(const DynamicShape&, const Pattern&, View<const S> x, const S* values, const S* graphs,
-                               const S* bias_map, S* y, int threads);
-  void (*sample_graph_dx)(const DynamicShape&, const Pattern&, View<const S> x, View<const S> dy, const S* values,
-                          const S* graphs, S* dx, S* dgraphs, int threads);
-  void (*sample_graph_dw)(const DynamicShape&, const Pattern&, View<const S> x, View<const S> dy, const S* graphs,
+  void (*sample_graph_forward)(const DynamicShape&, const Pattern&, View<const A> x, const S* values, const S* graphs,
+                               const S* bias_map, A* y, int threads);
+  void (*sample_graph_dx)(const DynamicShape&, const Pattern&, View<const A> x, View<const A> dy, const S* values,
+                          const S* graphs, A* dx, S* dgraphs, int threads);
+  void (*sample_graph_dw)(const DynamicShape&, const Pattern&, View<const A> x, View<const A> dy, const S* graphs,
                           const Lasso<S>&, S* dw, S* dbias_map, int threads);
+};
+
+template <class S>
+struct Ops : Convolutions<S, S> {
   // z (N, K C, T, V) = x (N, C, T, V) times a shared adjacency, or times graphs (N, K, V, V). dcoef, dgraphs may be nullptr.
   void (*graph_product)(const DynamicShape&, const Adjacency&, View<const S> x, const S* coef, S* z, int threads);
   void (*graph_product_backward)(const DynamicShape&, const Adjacency&, View<const S> x, View<const S> dz, const S* coef, S* dx,
@@ -187,6 +197,7 @@ struct Table {
   const char* name;
   Ops<float> f32;
   Ops<double> f64;
+  Convolutions<float, Bfloat16> bf16;
   size_t (*fused_tables_room)(const FusedNetwork&);
   void (*fused_make_tables)(const FusedNetwork&, char* memory);
   // x (batch, persons, T, V, C) with any strides -> for each of `count` networks features (batch * persons, its features).
@@ -199,6 +210,7 @@ const Table& baseline_table();
 #if defined(__x86_64__)
 const Table& avx2_table();
 const Table& avx512_table();
+const Table& avx512_bf16_table(bool by_name);  // by name: every product that can uses vdpbf16ps
 #endif
 
 // Chosen once: the best set of this processor, or the one that SPARSE_STGCN_ISA names. Throws std::invalid_argument.

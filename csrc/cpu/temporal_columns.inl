@@ -43,8 +43,8 @@ struct ColumnPlan {
   int64_t panel_size(const Pattern& p) const { return (p.I + 1) * ld; }
 };
 
-template <class S>
-void pack_column_panel(const ColumnPlan& plan, const TemporalShape& s, const Pattern& p, const View<const S>& x,
+template <class S, class A>
+void pack_column_panel(const ColumnPlan& plan, const TemporalShape& s, const Pattern& p, const View<const A>& x,
                 const Column<S>& column, S* panel) {
   for (int64_t i = 0; i < p.I; i++)
     for (int64_t q = 0; q < plan.phases; q++)
@@ -56,8 +56,8 @@ void pack_column_panel(const ColumnPlan& plan, const TemporalShape& s, const Pat
 INLINE int64_t column_sweep(int64_t frames) { return max64(1, ceil_div(frames, max64(1, ceil_div(frames, frame_tile<1>)))); }
 
 // One block row over frames [at, at + frames) of a column; its first output is channel c.
-template <class S>
-INLINE void gather_column(const S* panel, Entries<S> e, int64_t rows, const S* bias, const ColumnOutput<S>& out, int64_t c, int64_t at,
+template <class S, class A>
+INLINE void gather_column(const S* panel, Entries<S> e, int64_t rows, const S* bias, const ColumnOutput<S, A>& out, int64_t c, int64_t at,
                           int64_t frames) {
   row_pieces(rows, [&](auto r, int64_t o) __attribute__((always_inline)) {
     constexpr int R = decltype(r)::value;
@@ -71,8 +71,8 @@ INLINE void gather_column(const S* panel, Entries<S> e, int64_t rows, const S* b
   });
 }
 
-template <class S>
-void column_forward(const TemporalShape& s, const Pattern& p, View<const S> x, const S* values, const S* bias, S* y,
+template <class S, class A>
+void column_forward(const TemporalShape& s, const Pattern& p, View<const A> x, const S* values, const S* bias, A* y,
                     int threads) {
   const auto plan = ColumnPlan::make<S>(s, p, threads);
   call_scratch.reserve(Scratch::room<int32_t>(p.blocks * p.bi));
@@ -84,7 +84,7 @@ void column_forward(const TemporalShape& s, const Pattern& p, View<const S> x, c
     S* panel = task_scratch.take<S>(plan.panel_size(p));
     const Column<S> column(plan.strips, c);
     pack_column_panel(plan, s, p, x, column, panel);
-    const ColumnOutput<S> out(column, y, p.O, s.T_out, s.V, plan.strips.frames);
+    const ColumnOutput<S, A> out(column, y, p.O, s.T_out, s.V, plan.strips.frames);
     for (int64_t at = 0; at < plan.strips.frames; at += sweep)
       for (int64_t g = 0; g < p.rows; g++)
         gather_column(panel, block_row(p, g, offset, values), live_rows(p, g), bias ? bias + g * p.bo : nullptr, out, g * p.bo, at,
@@ -93,8 +93,8 @@ void column_forward(const TemporalShape& s, const Pattern& p, View<const S> x, c
 }
 
 // Strips of input frames; output frame (a strip's first input frame) / stride is their first output frame.
-template <class S>
-void column_dx(const TemporalShape& s, const Pattern& p, View<const S> dy, const S* values, S* dx, int threads) {
+template <class S, class A>
+void column_dx(const TemporalShape& s, const Pattern& p, View<const A> dy, const S* values, A* dx, int threads) {
   // Row frame j of phase q is input frame u = j * stride + q of a strip; tap k reads output frame (u + padding - k * dilation) / stride.
   const int64_t padding = (p.K - 1) / 2 * s.dilation, lead = padding / s.stride;
   const int64_t most = (panel_budget / (p.O * VECTOR_BYTES) - 2 * lead - 1) * s.stride;
@@ -116,7 +116,7 @@ void column_dx(const TemporalShape& s, const Pattern& p, View<const S> dy, const
     out_strips.frames = strips.frames / s.stride;
     const Column<S> source(out_strips, c);  // the same lanes, in output frames
     for (int64_t o = 0; o < p.O; o++) pack_column(dy, source, o, s.T_out, 1, -lead, 1, held, panel + o * ld);
-    ColumnOutput<S> out(column, dx, p.I, s.T, s.V, strips.frames);
+    ColumnOutput<S, A> out(column, dx, p.I, s.T, s.V, strips.frames);
     const int64_t sweep = column_sweep(frames);
     for (int64_t begin = 0; begin < frames; begin += sweep)
       for (int64_t r = 0; r < p.I * s.stride; r++) {

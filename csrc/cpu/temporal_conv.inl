@@ -2,7 +2,7 @@
 //
 // x (N, I, T, V) any strides, y (N, O, T_out, V) contiguous, values (blocks, bi, bo). Reference: kernels/reference.py.
 // A task is one tile of output frames of one sample: pack the tile's input with its halo, then let every block row
-// sweep it. dX scatters with the same offsets; frames in the halo are computed twice, so that tiles share nothing.
+// sweep it. x, dy, y, dx are stored as A, a panel as P: S, or what paired.inl multiplies. dX scatters with the same offsets; frames in the halo are computed twice, so that tiles share nothing.
 // Blocks of few outputs take the columns of temporal_columns.inl instead.
 
 // dX gathers over columns everywhere; the forward gains only where a column is packed with masked loads; dW does not gain.
@@ -38,8 +38,8 @@ struct TemporalPlan {
   int64_t panel_size(const Pattern& p) const { return (p.I + 1) * ld; }
 };
 
-template <class S>
-void pack_panel(const TemporalPlan& plan, const TemporalShape& s, const Pattern& p, const View<const S>& x, int64_t n,
+template <class S, class A>
+void pack_panel(const TemporalPlan& plan, const TemporalShape& s, const Pattern& p, const View<const A>& x, int64_t n,
                 int64_t t0, S* panel) {
   for (int64_t i = 0; i < p.I; i++)
     for (int64_t q = 0; q < plan.phases; q++) {
@@ -50,8 +50,8 @@ void pack_panel(const TemporalPlan& plan, const TemporalShape& s, const Pattern&
   std::memset(panel + p.I * plan.ld, 0, plan.ld * sizeof(S));
 }
 
-template <class S>
-void temporal_forward(const TemporalShape& s, const Pattern& p, View<const S> x, const S* values, const S* bias, S* y,
+template <class S, class A>
+void temporal_forward(const TemporalShape& s, const Pattern& p, View<const A> x, const S* values, const S* bias, A* y,
                       int threads) {
   if (VECTOR_BYTES == 64 && by_columns(p)) return column_forward(s, p, x, values, bias, y, threads);
   const auto plan = TemporalPlan::make<S>(s, p, threads, threads);
@@ -63,20 +63,26 @@ void temporal_forward(const TemporalShape& s, const Pattern& p, View<const S> x,
   parallel(s.N * plan.tiles, threads, [&](int64_t task) {
     const int64_t n = task / plan.tiles, t0 = task % plan.tiles * plan.frames;
     const int64_t pixels = min64(plan.frames, s.T_out - t0) * s.V, ldy = s.T_out * s.V;
-    task_scratch.reserve(Scratch::room<S>(plan.panel_size(p)));
+    task_scratch.reserve(Scratch::room<S>(plan.panel_size(p)) + OutputRows<S, A>::needed(p.bo * sweep));
     S* panel = task_scratch.take<S>(plan.panel_size(p));
+    S* room = task_scratch.take<S>(0);
     pack_panel(plan, s, p, x, n, t0, panel);
-    S* out = y + n * p.O * ldy + t0 * s.V;
     for (int64_t at = 0; at < pixels; at += sweep)
-      for (int64_t g = 0; g < p.rows; g++)
-        gather_row(panel + at, block_row(p, g, offset, values), live_rows(p, g), bias ? bias + g * p.bo : nullptr,
-                   out + g * p.bo * ldy + at, ldy, min64(sweep, pixels - at));
+      for (int64_t g = 0; g < p.rows; g++) {
+        A* out = y + (n * p.O + g * p.bo) * ldy + t0 * s.V + at;
+        const int64_t count = min64(sweep, pixels - at);
+        const OutputRows<S, A> sums(room, sweep, out, ldy);
+        gather_row(panel + at, block_row(p, g, offset, values), live_rows(p, g), bias ? bias + g * p.bo : nullptr, sums.rows,
+                   sums.ld, count);
+        sums.finish(live_rows(p, g), count, out, ldy);
+      }
   });
 }
 
-template <class S>
-void temporal_dx(const TemporalShape& s, const Pattern& p, View<const S> dy, const S* values, S* dx, int threads) {
-  if (by_columns(p)) return column_dx(s, p, dy, values, dx, threads);
+// scatter(n, g, first, frames, offset, panel, rows, ldy) adds what block row g sends back from output frames [first, first + frames)
+// to the panel; rows: room for as many rows of dy, `ldy` apart.
+template <class S, class A, class Scatter>
+void scatter_tiles(const TemporalShape& s, const Pattern& p, A* dx, int threads, Scatter scatter) {
   // Tiles of input frames, always the same ones: the order in which a scatter adds to a frame depends on where the tiles begin.
   // Tile [a, b) is reached by output frames [first, last); its panel starts at output `first`.
   TemporalPlan plan = TemporalPlan::make<S>(s, p, fixed_threads, fixed_tasks);
@@ -95,32 +101,38 @@ void temporal_dx(const TemporalShape& s, const Pattern& p, View<const S> dy, con
     S* panel = task_scratch.take<S>(plan.panel_size(p));
     S* rows = task_scratch.take<S>(p.bo * ldy);
     std::memset(panel, 0, plan.panel_size(p) * sizeof(S));
-    for (int64_t g = 0; g < p.rows && frames; g++) {
-      pack_rows(dy, n, g * p.bo, live_rows(p, g), s.T_out, s.V, first, frames, rows, ldy);
-      scatter_row(panel, block_row(p, g, offset, values), live_rows(p, g), rows, ldy, frames * s.V);
-    }
+    for (int64_t g = 0; g < p.rows && frames; g++) scatter(n, g, first, frames, offset, panel, rows, ldy);
     if (s.stride == 1 && a + plan.padding >= first && b + plan.padding - first <= plan.plane_frames) {  // one run
       for (int64_t i = 0; i < p.I; i++)
-        std::memcpy(dx + ((n * p.I + i) * s.T + a) * s.V, panel + i * plan.ld + (a + plan.padding - first) * s.V,
-                    (b - a) * s.V * sizeof(S));
+        convert(panel + i * plan.ld + (a + plan.padding - first) * s.V, (b - a) * s.V, dx + ((n * p.I + i) * s.T + a) * s.V);
       return;
     }
     for (int64_t i = 0; i < p.I; i++)
       for (int64_t t = a; t < b; t++) {
         const int64_t padded = t + plan.padding - first * s.stride, q = padded % s.stride, at = padded / s.stride;
-        S* to = dx + ((n * p.I + i) * s.T + t) * s.V;
-        if (padded < 0 || q >= plan.phases || at >= plan.plane_frames) std::memset(to, 0, s.V * sizeof(S));
-        else std::memcpy(to, panel + i * plan.ld + q * plan.plane + at * s.V, s.V * sizeof(S));
+        A* to = dx + ((n * p.I + i) * s.T + t) * s.V;
+        if (padded < 0 || q >= plan.phases || at >= plan.plane_frames) std::memset(to, 0, s.V * sizeof(A));
+        else convert(panel + i * plan.ld + q * plan.plane + at * s.V, s.V, to);
       }
   });
 }
 
-template <class S>
-void temporal_dw(const TemporalShape& s, const Pattern& p, View<const S> x, View<const S> dy, const Lasso<S>& lasso, S* dw,
+template <class S, class A>
+void temporal_dx(const TemporalShape& s, const Pattern& p, View<const A> dy, const S* values, A* dx, int threads) {
+  if (by_columns(p)) return column_dx(s, p, dy, values, dx, threads);
+  scatter_tiles<S>(s, p, dx, threads, [&](int64_t n, int64_t g, int64_t first, int64_t frames, const int32_t* offset, S* panel,
+                                          S* rows, int64_t ldy) {
+    pack_rows(dy, n, g * p.bo, live_rows(p, g), s.T_out, s.V, first, frames, rows, ldy);
+    scatter_row(panel, block_row(p, g, offset, values), live_rows(p, g), rows, ldy, frames * s.V);
+  });
+}
+
+template <class S, class A, class P = S>
+void temporal_dw(const TemporalShape& s, const Pattern& p, View<const A> x, View<const A> dy, const Lasso<S>& lasso, S* dw,
                  S* dbias, int threads) {
-  const auto plan = TemporalPlan::make<S>(s, p, fixed_threads, fixed_tasks);
+  const auto plan = TemporalPlan::make<P>(s, p, fixed_threads, fixed_tasks);
   const int64_t entries = p.blocks * p.bi, size = entries * p.bo, tasks = s.N * plan.tiles;
-  const int64_t chunks = min64(max_chunks, max64(tasks, 1)), ldy = row_length<S>(plan.frames * s.V);
+  const int64_t chunks = min64(max_chunks, max64(tasks, 1)), ldy = row_length<P>(plan.frames * s.V);
   call_scratch.reserve(Scratch::room<int32_t>(entries) + Scratch::room<S>(chunks * size) + Scratch::room<S>(chunks * p.O));
   int32_t* offset = call_scratch.take<int32_t>(entries);
   S* partial = call_scratch.take<S>(chunks * size);
@@ -131,9 +143,9 @@ void temporal_dw(const TemporalShape& s, const Pattern& p, View<const S> x, View
     S* bias = partial_bias + chunk * p.O;
     std::memset(sum, 0, size * sizeof(S));
     std::memset(bias, 0, p.O * sizeof(S));
-    task_scratch.reserve(Scratch::room<S>(plan.panel_size(p)) + Scratch::room<S>(p.bo * ldy));
-    S* panel = task_scratch.take<S>(plan.panel_size(p));
-    S* rows = task_scratch.take<S>(p.bo * ldy);
+    task_scratch.reserve(Scratch::room<P>(plan.panel_size(p)) + Scratch::room<P>(p.bo * ldy));
+    P* panel = task_scratch.take<P>(plan.panel_size(p));
+    P* rows = task_scratch.take<P>(p.bo * ldy);
     for (int64_t task = chunk * tasks / chunks; task < (chunk + 1) * tasks / chunks; task++) {
       const int64_t n = task / plan.tiles, t0 = task % plan.tiles * plan.frames, frames = min64(plan.frames, s.T_out - t0);
       pack_panel(plan, s, p, x, n, t0, panel);

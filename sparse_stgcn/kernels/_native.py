@@ -52,6 +52,11 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def storage(tensor: Tensor) -> int:
+    """What activations are stored in, as csrc/bindings.h numbers it."""
+    return {torch.float64: 1, torch.bfloat16: 2}.get(tensor.dtype, 0)
+
+
 def wide(tensor: Tensor) -> Tensor:
     """tensor in the precision that its op sums in: bfloat16 as float32, anything else as it is."""
     return tensor.float() if tensor.dtype == torch.bfloat16 else tensor

@@ -194,15 +194,14 @@ def _fake_forward(x: Tensor, values: Tensor, coefficients: Tensor, bias_map: Ten
 @implement("graph_conv", _fake_forward)
 def _forward(x: Tensor, values: Tensor, coefficients: Tensor, bias_map: Tensor | None, ptr: Tensor, source: Tensor,
              row_ptr: Tensor, input: Tensor, tap: Tensor, shape: list[int], block: list[int]) -> Tensor:
-    stored, x = x.dtype, _native.wide(x)
     y = _fake_forward(x, values, coefficients, bias_map, ptr, source, row_ptr, input, tap, shape, block)
     values, coefficients = values.contiguous(), coefficients.contiguous()
     bias_map = None if bias_map is None else bias_map.contiguous()
     _native.module.graph_forward(
-        x.dtype == torch.float64, _graph_shape(x, ptr, source, shape), _native.sizes(shape, block, values.shape[0]),
+        _native.storage(x), _graph_shape(x, ptr, source, shape), _native.sizes(shape, block, values.shape[0]),
         _native.index(row_ptr, input, tap), [ptr.data_ptr(), source.data_ptr()], x.data_ptr(), x.stride(), values.data_ptr(),
         coefficients.data_ptr(), _native.address(bias_map), y.data_ptr(), torch.get_num_threads())
-    return y.to(stored)
+    return y
 
 
 def _fake_dx(x: Tensor, dy: Tensor, values: Tensor, coefficients: Tensor, ptr: Tensor, source: Tensor, row_ptr: Tensor,
@@ -214,15 +213,14 @@ def _fake_dx(x: Tensor, dy: Tensor, values: Tensor, coefficients: Tensor, ptr: T
 @implement("graph_conv_dx", _fake_dx)
 def _dx(x: Tensor, dy: Tensor, values: Tensor, coefficients: Tensor, ptr: Tensor, source: Tensor, row_ptr: Tensor,
         input: Tensor, tap: Tensor, shape: list[int], block: list[int], need_coefficients: bool) -> tuple[Tensor, Tensor]:
-    stored, x, dy = x.dtype, _native.wide(x), _native.wide(dy)
     dx, dcoefficients = _fake_dx(x, dy, values, coefficients, ptr, source, row_ptr, input, tap, shape, block, need_coefficients)
     values, coefficients = values.contiguous(), coefficients.contiguous()
     _native.module.graph_dx(
-        x.dtype == torch.float64, _graph_shape(x, ptr, source, shape), _native.sizes(shape, block, values.shape[0]),
+        _native.storage(x), _graph_shape(x, ptr, source, shape), _native.sizes(shape, block, values.shape[0]),
         _native.index(row_ptr, input, tap), [ptr.data_ptr(), source.data_ptr()], x.data_ptr(), x.stride(), dy.data_ptr(),
         dy.stride(), values.data_ptr(), coefficients.data_ptr(), dx.data_ptr(),
         dcoefficients.data_ptr() if need_coefficients else 0, torch.get_num_threads())
-    return dx.to(stored), dcoefficients
+    return dx, dcoefficients
 
 
 def _fake_dw(x: Tensor, dy: Tensor, values: Tensor, coefficients: Tensor, masked: Tensor | None, scale: Tensor | None,
@@ -235,11 +233,10 @@ def _fake_dw(x: Tensor, dy: Tensor, values: Tensor, coefficients: Tensor, masked
 def _dw(x: Tensor, dy: Tensor, values: Tensor, coefficients: Tensor, masked: Tensor | None, scale: Tensor | None,
         ptr: Tensor, source: Tensor, row_ptr: Tensor, input: Tensor, tap: Tensor, shape: list[int], block: list[int]
         ) -> tuple[Tensor, Tensor]:
-    x, dy = _native.wide(x), _native.wide(dy)
     dw, dbias_map = _fake_dw(x, dy, values, coefficients, masked, scale, ptr, source, row_ptr, input, tap, shape, block)
     values, coefficients = values.contiguous(), coefficients.contiguous()
     _native.module.graph_dw(
-        x.dtype == torch.float64, _graph_shape(x, ptr, source, shape), _native.sizes(shape, block, values.shape[0]),
+        _native.storage(x), _graph_shape(x, ptr, source, shape), _native.sizes(shape, block, values.shape[0]),
         _native.index(row_ptr, input, tap), [ptr.data_ptr(), source.data_ptr()], x.data_ptr(), x.stride(), dy.data_ptr(),
         dy.stride(), coefficients.data_ptr(), _native.address(masked), values.data_ptr(),
         0.0 if scale is None else float(scale), dw.data_ptr(), dbias_map.data_ptr(), torch.get_num_threads())

@@ -17,7 +17,8 @@ def sample_graph_conv(x: Tensor, values: Tensor, pattern: BlockPattern, graphs: 
     """Y[n,o,t,w] = B[o,w] + sum over k, v and live (o,i,k) of W[o,i,k] X[n,i,t,v] G[n,k,v,w], natively on a CPU.
 
     Shapes: x (N, I, T, V), any strides; values (blocks, bi, bo); graphs (N, K, V, V); offset B (O, V) or None; all of
-    one dtype, which the caller has checked, bfloat16 of x alone is widened. Stored for the backward pass: the arguments.
+    one dtype, which the caller has checked, but x and Y may be bfloat16 beside float32. Stored for the backward pass: the
+    arguments.
     """
     return _SampleGraphConv.apply(x, values, graphs, offset, pattern.row_ptr, pattern.input, pattern.tap, pattern.shape,
                                   pattern.block, *(lasso or Lasso(None, None)))
@@ -66,14 +67,13 @@ def _fake_forward(x: Tensor, values: Tensor, graphs: Tensor, offset: Tensor | No
 @implement("sample_graph_conv", _fake_forward)
 def _forward(x: Tensor, values: Tensor, graphs: Tensor, offset: Tensor | None, row_ptr: Tensor, input: Tensor, tap: Tensor,
              shape: list[int], block: list[int]) -> Tensor:
-    stored, x = x.dtype, _native.wide(x)
     y = _fake_forward(x, values, graphs, offset, row_ptr, input, tap, shape, block)
     values, graphs, offset = values.contiguous(), graphs.contiguous(), None if offset is None else offset.contiguous()
     _native.module.sample_graph_forward(
-        x.dtype == torch.float64, _shape(x, shape), _native.sizes(shape, block, values.shape[0]),
+        _native.storage(x), _shape(x, shape), _native.sizes(shape, block, values.shape[0]),
         _native.index(row_ptr, input, tap), x.data_ptr(), x.stride(), values.data_ptr(), graphs.data_ptr(),
         _native.address(offset), y.data_ptr(), torch.get_num_threads())
-    return y.to(stored)
+    return y
 
 
 def _fake_dx(x: Tensor, dy: Tensor, values: Tensor, graphs: Tensor, row_ptr: Tensor, input: Tensor, tap: Tensor,
@@ -84,14 +84,13 @@ def _fake_dx(x: Tensor, dy: Tensor, values: Tensor, graphs: Tensor, row_ptr: Ten
 @implement("sample_graph_conv_dx", _fake_dx)
 def _dx(x: Tensor, dy: Tensor, values: Tensor, graphs: Tensor, row_ptr: Tensor, input: Tensor, tap: Tensor, shape: list[int],
         block: list[int], need_graphs: bool) -> tuple[Tensor, Tensor]:
-    stored, x, dy = x.dtype, _native.wide(x), _native.wide(dy)
     dx, dgraphs = _fake_dx(x, dy, values, graphs, row_ptr, input, tap, shape, block, need_graphs)
     values, graphs = values.contiguous(), graphs.contiguous()
     _native.module.sample_graph_dx(
-        x.dtype == torch.float64, _shape(x, shape), _native.sizes(shape, block, values.shape[0]),
+        _native.storage(x), _shape(x, shape), _native.sizes(shape, block, values.shape[0]),
         _native.index(row_ptr, input, tap), x.data_ptr(), x.stride(), dy.data_ptr(), dy.stride(), values.data_ptr(),
         graphs.data_ptr(), dx.data_ptr(), dgraphs.data_ptr() if need_graphs else 0, torch.get_num_threads())
-    return dx.to(stored), dgraphs
+    return dx, dgraphs
 
 
 def _fake_dw(x: Tensor, dy: Tensor, values: Tensor, graphs: Tensor, masked: Tensor | None, scale: Tensor | None,
@@ -102,11 +101,10 @@ def _fake_dw(x: Tensor, dy: Tensor, values: Tensor, graphs: Tensor, masked: Tens
 @implement("sample_graph_conv_dw", _fake_dw)
 def _dw(x: Tensor, dy: Tensor, values: Tensor, graphs: Tensor, masked: Tensor | None, scale: Tensor | None, row_ptr: Tensor,
         input: Tensor, tap: Tensor, shape: list[int], block: list[int]) -> tuple[Tensor, Tensor]:
-    x, dy = _native.wide(x), _native.wide(dy)
     dw, doffset = _fake_dw(x, dy, values, graphs, masked, scale, row_ptr, input, tap, shape, block)
     values, graphs = values.contiguous(), graphs.contiguous()
     _native.module.sample_graph_dw(
-        x.dtype == torch.float64, _shape(x, shape), _native.sizes(shape, block, values.shape[0]),
+        _native.storage(x), _shape(x, shape), _native.sizes(shape, block, values.shape[0]),
         _native.index(row_ptr, input, tap), x.data_ptr(), x.stride(), dy.data_ptr(), dy.stride(), graphs.data_ptr(),
         _native.address(masked), values.data_ptr(), 0.0 if scale is None else float(scale), dw.data_ptr(), doffset.data_ptr(),
         torch.get_num_threads())

@@ -108,14 +108,13 @@ def _fake_forward(x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tenso
 @implement("temporal_conv", _fake_forward)
 def _forward(x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, input: Tensor, tap: Tensor,
              shape: list[int], block: list[int], stride: int, dilation: int) -> Tensor:
-    stored, x = x.dtype, _native.wide(x)
     y = _fake_forward(x, values, bias, row_ptr, input, tap, shape, block, stride, dilation)
     values, bias = values.contiguous(), None if bias is None else bias.contiguous()
     _native.module.temporal_forward(
-        x.dtype == torch.float64, [x.shape[0], x.shape[2], y.shape[2], x.shape[3], stride, dilation],
+        _native.storage(x), [x.shape[0], x.shape[2], y.shape[2], x.shape[3], stride, dilation],
         _native.sizes(shape, block, values.shape[0]), _native.index(row_ptr, input, tap), x.data_ptr(), x.stride(),
         values.data_ptr(), _native.address(bias), y.data_ptr(), torch.get_num_threads())
-    return y.to(stored)
+    return y
 
 
 def _fake_dx(dy: Tensor, values: Tensor, row_ptr: Tensor, input: Tensor, tap: Tensor, shape: list[int], block: list[int],
@@ -126,14 +125,13 @@ def _fake_dx(dy: Tensor, values: Tensor, row_ptr: Tensor, input: Tensor, tap: Te
 @implement("temporal_conv_dx", _fake_dx)
 def _dx(dy: Tensor, values: Tensor, row_ptr: Tensor, input: Tensor, tap: Tensor, shape: list[int], block: list[int],
         stride: int, dilation: int, frames: int) -> Tensor:
-    stored, dy = dy.dtype, _native.wide(dy)
     dx = _fake_dx(dy, values, row_ptr, input, tap, shape, block, stride, dilation, frames)
     values = values.contiguous()
     _native.module.temporal_dx(
-        dy.dtype == torch.float64, [dy.shape[0], frames, dy.shape[2], dy.shape[3], stride, dilation],
+        _native.storage(dy), [dy.shape[0], frames, dy.shape[2], dy.shape[3], stride, dilation],
         _native.sizes(shape, block, values.shape[0]), _native.index(row_ptr, input, tap), dy.data_ptr(), dy.stride(),
         values.data_ptr(), dx.data_ptr(), torch.get_num_threads())
-    return dx.to(stored)
+    return dx
 
 
 def _fake_dw(x: Tensor, dy: Tensor, values: Tensor, masked: Tensor | None, scale: Tensor | None, row_ptr: Tensor, input: Tensor,
@@ -144,11 +142,10 @@ def _fake_dw(x: Tensor, dy: Tensor, values: Tensor, masked: Tensor | None, scale
 @implement("temporal_conv_dw", _fake_dw)
 def _dw(x: Tensor, dy: Tensor, values: Tensor, masked: Tensor | None, scale: Tensor | None, row_ptr: Tensor, input: Tensor,
         tap: Tensor, shape: list[int], block: list[int], stride: int, dilation: int) -> tuple[Tensor, Tensor]:
-    x, dy = _native.wide(x), _native.wide(dy)
     dw, dbias = _fake_dw(x, dy, values, masked, scale, row_ptr, input, tap, shape, block, stride, dilation)
     values = values.contiguous()
     _native.module.temporal_dw(
-        x.dtype == torch.float64, [x.shape[0], x.shape[2], dy.shape[2], x.shape[3], stride, dilation],
+        _native.storage(x), [x.shape[0], x.shape[2], dy.shape[2], x.shape[3], stride, dilation],
         _native.sizes(shape, block, values.shape[0]), _native.index(row_ptr, input, tap), x.data_ptr(), x.stride(),
         dy.data_ptr(), dy.stride(), _native.address(masked), values.data_ptr(), 0.0 if scale is None else float(scale),
         dw.data_ptr(), dbias.data_ptr(), torch.get_num_threads())
@@ -163,12 +160,11 @@ def _fake_pointwise(x: Tensor, dy: Tensor, values: Tensor, masked: Tensor | None
 @implement("pointwise_conv_backward", _fake_pointwise)
 def _pointwise(x: Tensor, dy: Tensor, values: Tensor, masked: Tensor | None, scale: Tensor | None, row_ptr: Tensor,
                input: Tensor, tap: Tensor, shape: list[int], block: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    stored, x, dy = x.dtype, _native.wide(x), _native.wide(dy)
     dx, dw, dbias = _fake_pointwise(x, dy, values, masked, scale, row_ptr, input, tap, shape, block)
     values = values.contiguous()
     _native.module.pointwise_backward(
-        x.dtype == torch.float64, [x.shape[0], x.shape[2], x.shape[2], x.shape[3], 1, 1],
+        _native.storage(x), [x.shape[0], x.shape[2], x.shape[2], x.shape[3], 1, 1],
         _native.sizes(shape, block, values.shape[0]), _native.index(row_ptr, input, tap), x.data_ptr(), x.stride(),
         dy.data_ptr(), dy.stride(), _native.address(masked), values.data_ptr(), 0.0 if scale is None else float(scale),
         dx.data_ptr(), dw.data_ptr(), dbias.data_ptr(), torch.get_num_threads())
-    return dx.to(stored), dw, dbias
+    return dx, dw, dbias

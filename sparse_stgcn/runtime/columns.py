@@ -23,7 +23,7 @@ _MOST_STRIPS = 16
 def takes_columns(model: Recognizer) -> bool:
     """Whether every live weight serves fewer than four outputs, on a processor whose vectors are a column wide."""
     convs = maskable_convs(model).values()
-    return _native.isa == "avx512" and all(
+    return _native.isa.startswith("avx512") and all(
         conv.values is not None and conv.pattern is not None and conv.pattern.block[0] < 4 for conv in convs)
 
 

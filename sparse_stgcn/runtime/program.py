@@ -17,6 +17,7 @@ from ..recognizer import Recognizer
 GRAPH, CONV, SPLIT, POOL, BORDERS = range(5)  # FusedStep::Kind
 AA_GRAPH, AA_APPLY, ATTEND = range(8, 11)
 SLACK = 12 * 16  # floats that a tile may touch past the last pixel of a row
+_Z_BYTES = 512 * 1024  # of products with graphs at a time: beside X and H they must not push one another out of L2
 
 
 @dataclass
@@ -34,6 +35,11 @@ class Arena:
 def row_length(pixels: int) -> int:
     """Floats between rows: an odd number of cache lines, so that rows do not share the sets of the cache."""
     return (-(-(pixels + SLACK) // 16) | 1) * 16
+
+
+def tile_frames(rows: int, joints: int) -> int:
+    """Frames of ``rows`` products with graphs that are made and read at a time: 2 to 16."""
+    return max(2, min(16, _Z_BYTES // (4 * rows * joints)))
 
 
 @dataclass

@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 from ..backbones.base import Block
-from .program import CONV, GRAPH, SPLIT, Entries, Program, fold, row_length
-
-_TILE = 16  # frames for which X A_k is made at a time
+from .program import CONV, GRAPH, SPLIT, Entries, Program, fold, row_length, tile_frames
 
 
 class STGCNProgram(Program):
@@ -94,7 +92,8 @@ class STGCNProgram(Program):
         entries, subsets = Entries.of(conv, gain), graph.shape[0]
         key = entries.input[0] * subsets + entries.tap[0]
         made, row = np.unique(key, return_inverse=True)
-        scratch_ld = row_length(_TILE * joints)
+        tile = tile_frames(len(made), joints)
+        scratch_ld = row_length(tile * joints)
         entries.place(row.reshape(-1) * scratch_ld)
         # The bias passes through the adjacency, so it differs from joint to joint: a map of period V along the pixels.
         bias = shift[:, None].expand(-1, joints)
@@ -107,7 +106,7 @@ class STGCNProgram(Program):
         counts = torch.bincount(k * joints + w, minlength=subsets * joints)
         pointers = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return {
-            **self.grouped(entries, len(made)).step(), "kind": GRAPH, "subsets": subsets, "tile": _TILE,
+            **self.grouped(entries, len(made)).step(), "kind": GRAPH, "subsets": subsets, "tile": tile,
             "scratch_ld": scratch_ld, "zrows": len(made), "relu": 1,
             "made_input": (made // subsets).astype(np.int32), "made_subset": (made % subsets).astype(np.int32),
             "ptr": pointers.int().numpy(), "source": v.int().numpy(), "coef": graph[k, v, w].contiguous().numpy(),
