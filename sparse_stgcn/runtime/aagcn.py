@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .program import AA_APPLY, AA_GRAPH, ATTEND, Entries, fold, row_length, tile_frames
+from .program import AA_APPLY, AA_GRAPH, ATTEND, Entries, fold, row_length
 from .stgcn import STGCNProgram
 
-_TILE = 16  # frames of embeddings at a time: of any number of joints, whole cache lines
+_TILE = 16  # frames at a time: of any number of joints, whole cache lines
 
 
 class AAGCNProgram(STGCNProgram):
@@ -83,14 +83,13 @@ class AAGCNProgram(STGCNProgram):
             if conv.bias is not None:
                 bias = bias + scale * conv.bias
         made, row = np.unique(np.concatenate(keys), return_inverse=True)
-        tile = tile_frames(len(made), self.joints)
-        scratch_ld = row_length(tile * self.joints)
+        scratch_ld = row_length(_TILE * self.joints)
         offsets = np.split(row.reshape(-1) * scratch_ld, np.cumsum([len(key) for key in keys])[:-1])
         entries = lists[0].place(offsets[0])
         for part, offset in zip(lists[1:], offsets[1:], strict=True):
             entries = entries + part.place(offset)
         inputs = parts[0][0].in_channels
-        return {"kind": AA_APPLY, **entries.step(), "bias": bias.numpy(), "subsets": len(unit.conv_d), "tile": tile,
+        return {"kind": AA_APPLY, **entries.step(), "bias": bias.numpy(), "subsets": len(unit.conv_d), "tile": _TILE,
                 "scratch_ld": scratch_ld, "made_input": (made % inputs).astype(np.int32),
                 "made_subset": (made // inputs).astype(np.int32)}
 
