@@ -24,6 +24,7 @@ namespace {
 #include "panel.inl"
 #include "paired_tile.inl"
 #include "columns.inl"
+#include "streams.inl"
 #include "transposed.inl"
 #include "temporal_columns.inl"
 #include "temporal_conv.inl"

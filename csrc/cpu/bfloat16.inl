@@ -47,23 +47,3 @@ INLINE void convert(const float* from, int64_t n, Bfloat16* to) {
   for (int64_t i = 0; i < n; i++) to[i] = rounded(from[i]);
 }
 #endif
-
-// Where sums of rows go that a tensor of A takes: to the tensor itself if it stores S, otherwise to `room`, until `finish`.
-template <class S, class A>
-struct OutputRows {
-  S* rows;
-  int64_t ld;
-  OutputRows(S* room, int64_t room_ld, A*, int64_t) : rows(room), ld(room_ld) {}
-  static size_t needed(int64_t count) { return Scratch::room<S>(count); }
-  void finish(int64_t count, int64_t pixels, A* y, int64_t ldy) const {
-    for (int64_t o = 0; o < count; o++) convert(rows + o * ld, pixels, y + o * ldy);
-  }
-};
-template <class S>
-struct OutputRows<S, S> {
-  S* rows;
-  int64_t ld;
-  OutputRows(S*, int64_t, S* y, int64_t ldy) : rows(y), ld(ldy) {}
-  static size_t needed(int64_t) { return 0; }
-  void finish(int64_t, int64_t, S*, int64_t) const {}
-};

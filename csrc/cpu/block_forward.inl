@@ -61,7 +61,7 @@ void block_temporal_forward(const TemporalShape& s, const Pattern& p, const Bloc
   int32_t* offset = call_scratch.take<int32_t>(p.blocks * p.bi);
   plan.offsets(s, p, offset);
   const ChannelSums<Moments<S>> moments(p.O, chunks, call_scratch);
-  const int64_t sweep = 14 * 3 * lanes<S>;  // pixels of all block rows before the next ones
+  const int64_t sweep = streamed_sweep<S>;  // pixels of all block rows before the next ones
   in_chunks(tasks, chunks, threads, [&](int64_t chunk, int64_t begin, int64_t end) {
     task_scratch.reserve(Scratch::room<S>(plan.panel_size(p)) + Scratch::room<S>(p.bo * sweep));
     S* panel = task_scratch.take<S>(plan.panel_size(p));

@@ -2,9 +2,6 @@
 // buffer that stays in L1, its sums are taken there, and it leaves for memory past the caches: a store into a line that is in
 // no cache would first read it. Sums over the batch are partial sums over fixed ranges of tiles, joined in order.
 
-template <class S>
-INLINE Part<S> first_lanes(int64_t count) { return {0, (int32_t)count}; }
-
 // to[p] = value(read) for every pixel p, `to` in a buffer with room for a whole last vector.
 template <class S, class F>
 INLINE void make_row(S* to, int64_t pixels, F value) {
@@ -16,25 +13,6 @@ INLINE void make_row(S* to, int64_t pixels, F value) {
     const Part<S> some = first_lanes<S>(pixels - p);
     store_part(to + p, value([&](const S* row) __attribute__((always_inline)) { return load_part(row + p, some); }), some);
   }
-}
-
-// to[p] = value(read) for every pixel p, where read(row) loads the pixels of `row` at hand: whole vectors of `to` are streamed.
-template <class S, class F>
-INLINE void stream_pixels(S* to, int64_t pixels, F value) {
-  constexpr int64_t L = lanes<S>;
-  auto part = [&](int64_t p, int64_t count) __attribute__((always_inline)) {
-    const Part<S> some = first_lanes<S>(count);
-    store_part(to + p, value([&](const S* row) __attribute__((always_inline)) { return load_part(row + p, some); }), some);
-  };
-  int64_t p = min64(pixels, until_aligned(to));
-  if (p) part(0, p);
-  for (; p + L <= pixels; p += L)
-    stream(to + p, value([&](const S* row) __attribute__((always_inline)) { return load(row + p); }));
-  if (p < pixels) part(p, pixels - p);
-}
-template <class S>
-INLINE void stream_row(S* to, const S* row, int64_t pixels) {
-  stream_pixels(to, pixels, [&](auto read) __attribute__((always_inline)) { return read(row); });
 }
 
 // The backward pass of a norm: dx = scale ((g - of_sum) - (x - mean) of_x).

@@ -61,11 +61,13 @@ void aa_graphs_backward(const DynamicShape& s, GroupView<const S> a, GroupView<c
   double* dalphas = call_scratch.take<double>(graphs);
   aa_similarity(s, j, a, b, parts, threads);
 
+  const bool streams = is_streamed<S>(s.N * s.K * s.R * s.T * s.V);
   parallel(graphs * aa_parts, threads, [&](int64_t task) {
     const int64_t graph = task / aa_parts, n = graph / s.K, k = graph % s.K, part = task % aa_parts;
-    task_scratch.reserve(2 * Scratch::room<S>(j.map));
+    task_scratch.reserve(2 * Scratch::room<S>(j.map) + Scratch::room<S>(s.T * s.V));
     S* plain = task_scratch.take<S>(j.map);       // dG, then dS
     S* transposed = task_scratch.take<S>(j.map);  // dS'
+    S* output = task_scratch.take<S>(s.T * s.V);
     pack_map(dgraphs + graph * size, false, j, plain);
     const Vec<S> scale = splat<S>(*alpha / S(s.R * s.T)), one = splat<S>(S(1));
     Vec<S> along = {};
@@ -78,9 +80,12 @@ void aa_graphs_backward(const DynamicShape& s, GroupView<const S> a, GroupView<c
     transpose_map(plain, j, transposed);
     const auto row = [&](const GroupView<S>& to, int64_t r) { return to.data + n * to.stride[0] + k * to.stride[1] + r * to.stride[2]; };
     for (int64_t r = part * s.R / aa_parts; r < (part + 1) * s.R / aa_parts; r++) {
-      multiply(frames_of(b, n, k, r), transposed, s.T, j, row(da, r));
-      multiply(frames_of(a, n, k, r), plain, s.T, j, row(db, r));
+      multiply(frames_of(b, n, k, r), transposed, s.T, j, output);
+      leave_row(row(da, r), output, s.T * s.V, streams);
+      multiply(frames_of(a, n, k, r), plain, s.T, j, output);
+      leave_row(row(db, r), output, s.T * s.V, streams);
     }
+    end_stream();
   });
 
   double sum = 0;

@@ -114,6 +114,7 @@ void ctr_forward(const DynamicShape& s, const Pattern* p, GroupView<const S> x12
   // Threads without a sample of their own take block rows of one, and make the maps once more.
   const int64_t rows = p[0].rows, bo = p[0].bo, parts = s.N ? max64(1, min64(rows, ceil_div(threads, s.N))) : 1;
   parallel(s.N * parts, threads, [&](int64_t task) {
+    const FlushDenormals flush;
     const int64_t n = task / parts, part = task % parts;
     task_scratch.reserve(Scratch::room<S>(largest) + Scratch::room<S>(mix_rows * j.map) + Scratch::room<S>(4 * j.ld));
     S* panel = task_scratch.take<S>(largest);
@@ -163,16 +164,18 @@ template <class S>
 struct CtrBackward {
   const DynamicShape& s;
   const Joints<S>& j;
-  S *maps, *dmaps, *graph, *dgraph, *packed, *work;
+  S *maps, *dmaps, *graph, *dgraph, *packed, *work, *output;
+  bool streams;
 
   static size_t room(const DynamicShape& s, const Joints<S>& j, int64_t panel) {
-    return 2 * Scratch::room<S>(panel) + 2 * Scratch::room<S>(mix_rows * j.map) + Scratch::room<S>(s.T * j.ld) +
+    return 2 * Scratch::room<S>(panel) + 2 * Scratch::room<S>(mix_rows * j.map) + 2 * Scratch::room<S>(s.T * j.ld) +
            Scratch::room<S>(4 * j.ld);
   }
   CtrBackward(const DynamicShape& shape, const Joints<S>& joints, int64_t panel, Scratch& scratch)
       : s(shape), j(joints), maps(scratch.take<S>(panel)), dmaps(scratch.take<S>(panel)),
         graph(scratch.take<S>(mix_rows * joints.map)), dgraph(scratch.take<S>(mix_rows * joints.map)),
-        packed(scratch.take<S>(shape.T * joints.ld)), work(scratch.take<S>(4 * joints.ld)) {}
+        packed(scratch.take<S>(shape.T * joints.ld)), work(scratch.take<S>(4 * joints.ld)),
+        output(scratch.take<S>(shape.T * joints.ld)), streams(is_streamed<S>(shape.N * shape.K * shape.C * shape.T * shape.V)) {}
 
   void run(const Mix<S>& mix, View<const S> x1, View<const S> x2, View<const S> x3, View<const S> dy, int64_t n, const S* A,
            S* dx12, S* dx3, S* along) {
@@ -189,7 +192,8 @@ struct CtrBackward {
         gather_row(maps, row, count, mix.bias + c, graph, j.map, j.map);
         for (int64_t i = 0; i < count; i++) {
           S* to = dgraph + i * j.map;
-          multiply(frames_of(dy, n, c + i), graph + i * j.map, s.T, j, dx3 + (c + i) * s.T * s.V);
+          multiply(frames_of(dy, n, c + i), graph + i * j.map, s.T, j, output);
+          leave_row(dx3 + (c + i) * s.T * s.V, output, s.T * s.V, streams);
           pack_frames(frames_of(x3, n, c + i), s.T, j, packed);
           correlate(frames_of(dy, n, c + i), packed, s.T, j, to, false);
           sums[c + i] += sum_row(to, j.map);
@@ -226,6 +230,7 @@ void ctr_backward(const DynamicShape& s, const Pattern* p, GroupView<const S> x1
   }
   S* partial = call_scratch.take<S>(chunks * size);
   parallel(chunks, threads, [&](int64_t chunk) {
+    const FlushDenormals flush;
     task_scratch.reserve(CtrBackward<S>::room(s, j, largest));
     CtrBackward<S> step(s, j, largest, task_scratch);
     std::memset(partial + chunk * size, 0, size * sizeof(S));
@@ -235,6 +240,7 @@ void ctr_backward(const DynamicShape& s, const Pattern* p, GroupView<const S> x1
         step.run(mixes[k], embedding(x12, k, 0), embedding(x12, k, 1), subset(x3, k), dy, n, A + k * s.V * s.V,
                  dx12 + (n * s.K + k) * 2 * s.R * s.V, dx3 + (n * s.K + k) * s.C * s.T * s.V, along);
     }
+    end_stream();
   });
   add_parts(partial, chunks, size);
 

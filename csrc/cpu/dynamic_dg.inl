@@ -46,13 +46,17 @@ template <class S>
 void dg_forward(const DynamicShape& s, GroupView<const S> x, View<const S> x1, View<const S> x2, const S* alpha, const S* beta,
                 const S* A, S* y, int threads) {
   const Joints<S> j(s.V);
+  const bool streams = is_streamed<S>(s.N * s.K * s.C * s.T * s.V);
   parallel(s.N * s.K, threads, [&](int64_t task) {
+    const FlushDenormals flush;
     const int64_t n = task / s.K, k = task % s.K;
-    task_scratch.reserve(GroupRows<S>::room(s, j) + 2 * Scratch::room<S>(j.map) + Scratch::room<S>(2 * j.ld));
+    task_scratch.reserve(GroupRows<S>::room(s, j) + 2 * Scratch::room<S>(j.map) + Scratch::room<S>(2 * j.ld) +
+                         Scratch::room<S>(s.T * s.V));
     GroupRows<S> rows(s, j, task_scratch);
     S* shared = task_scratch.take<S>(j.map);  // A + beta P
     S* graph = task_scratch.take<S>(j.map);
     S* work = task_scratch.take<S>(2 * j.ld);
+    S* output = task_scratch.take<S>(s.T * s.V);
     rows.pack(s, j, x1, x2, n, k);
     dg_attention(s.C, j, rows.x1, rows.x2, graph);
     pack_map(A + k * j.V * j.V, false, j, shared);
@@ -64,8 +68,10 @@ void dg_forward(const DynamicShape& s, GroupView<const S> x, View<const S> x1, V
                     const int64_t at = v * j.ld + i * lanes<S>;
                     store(graph + at, load(shared + at) + a * t);
                   });
-      multiply(frames_of(x, n, k, c), graph, s.T, j, y + (task * s.C + c) * s.T * s.V);
+      multiply(frames_of(x, n, k, c), graph, s.T, j, output);
+      leave_row(y + (task * s.C + c) * s.T * s.V, output, s.T * s.V, streams);
     }
+    end_stream();
   });
 }
 
@@ -92,11 +98,13 @@ void dg_backward(const DynamicShape& s, GroupView<const S> x, View<const S> x1, 
   const Joints<S> j(s.V);
   call_scratch.reserve(Scratch::room<S>(s.K * chunks * j.map) + Scratch::room<double>(2 * s.K * chunks));
   S* dshared = call_scratch.take<S>(s.K * chunks * j.map);  // dA' of every range
+  const bool streams = is_streamed<S>(s.N * s.K * s.C * s.T * s.V);
   double* dscale = call_scratch.take<double>(2 * s.K * chunks);
   parallel(s.K * chunks, threads, [&](int64_t task) {
+    const FlushDenormals flush;
     const int64_t k = task / chunks, chunk = task % chunks;
     task_scratch.reserve(2 * GroupRows<S>::room(s, j) + 6 * Scratch::room<S>(j.map) + Scratch::room<S>(s.T * j.ld) +
-                         Scratch::room<S>(2 * j.ld));
+                         Scratch::room<S>(2 * j.ld) + Scratch::room<S>(s.T * s.V));
     GroupRows<S> rows(s, j, task_scratch), drows(s, j, task_scratch);
     S* shared = task_scratch.take<S>(j.map);  // (A + beta P)'
     S* P = task_scratch.take<S>(j.map);       // P'
@@ -106,6 +114,7 @@ void dg_backward(const DynamicShape& s, GroupView<const S> x, View<const S> x1, 
     S* dgraph = task_scratch.take<S>(j.map);
     S* packed = task_scratch.take<S>(s.T * j.ld);
     S* work = task_scratch.take<S>(2 * j.ld);
+    S* output = task_scratch.take<S>(s.T * s.V);
     const Vec<S> a = splat<S>(*alpha), b = splat<S>(*beta), one = splat<S>(S(1));
     S* dsum = dshared + task * j.map;
     std::memset(dsum, 0, j.map * sizeof(S));
@@ -124,7 +133,8 @@ void dg_backward(const DynamicShape& s, GroupView<const S> x, View<const S> x1, 
                       store(tanhs + at, t);
                       store(graph + at, load(shared + at) + a * t);
                     });
-        multiply(frames_of(dy, n, k, c), graph, s.T, j, dx + ((n * s.K + k) * s.C + c) * s.T * s.V);
+        multiply(frames_of(dy, n, k, c), graph, s.T, j, output);
+        leave_row(dx + ((n * s.K + k) * s.C + c) * s.T * s.V, output, s.T * s.V, streams);
         pack_frames(frames_of(x, n, k, c), s.T, j, packed);
         correlate(frames_of(dy, n, k, c), packed, s.T, j, dgraph, false);
         S *d1 = drows.x1 + c * j.ld, *d2 = drows.x2 + c * j.ld;
@@ -156,6 +166,7 @@ void dg_backward(const DynamicShape& s, GroupView<const S> x, View<const S> x1, 
         unpack_joints(drows.x2 + c * j.ld, j, dx2 + at);
       }
     }
+    end_stream();
     dscale[2 * task] = along_alpha, dscale[2 * task + 1] = along_beta;
   });
 

@@ -66,25 +66,27 @@ void graph_forward_with(int64_t N, int64_t T, int64_t V, const Pattern& p, const
   int32_t* offset = call_scratch.take<int32_t>(p.blocks * p.bi);
   const auto plan = GraphPlan::make<S>(N, T, V, p, threads, threads, row);
   plan.offsets(p, offset);
+  const bool streams = is_streamed<S>(N * p.O * T * V);
   parallel(N * plan.tiles, threads, [&](int64_t task) {
     const int64_t n = task / plan.tiles, t0 = task % plan.tiles * plan.frames, frames = min64(plan.frames, T - t0);
-    task_scratch.reserve(Scratch::room<S>(plan.panel_size()) + Scratch::room<S>(plan.ld) +
-                         OutputRows<S, A>::needed(p.bo * plan.ld));
+    task_scratch.reserve(Scratch::room<S>(plan.panel_size()) + Scratch::room<S>(plan.ld) + Scratch::room<S>(p.bo * plan.ld));
     S* panel = task_scratch.take<S>(plan.panel_size());
     S* input = task_scratch.take<S>(plan.ld);
-    S* room = task_scratch.take<S>(0);
+    S* rows = task_scratch.take<S>(p.bo * plan.ld);
     pack_graph_panel(plan, T, V, p, graphs.at(n), x, n, t0, frames, input, panel);
+    A* out = y + n * p.O * T * V + t0 * V;
     for (int64_t g = 0; g < p.rows; g++) {
-      const int64_t live = live_rows(p, g);
-      A* out = y + ((n * p.O + g * p.bo) * T + t0) * V;
-      const OutputRows<S, A> sums(room, plan.ld, out, T * V);
-      gather_row(panel, block_row(p, g, offset, values), live, (const S*)nullptr, sums.rows, sums.ld, frames * V);
-      if (bias_map)
-        for (int64_t o = 0; o < live; o++)
+      const int64_t live = live_rows(p, g), c = g * p.bo;
+      gather_row(panel, block_row(p, g, offset, values), live, (const S*)nullptr, rows, plan.ld,
+                 ceil_div(frames * V, lanes<S>) * lanes<S>);
+      for (int64_t o = 0; o < live; o++) {
+        if (bias_map)
           for (int64_t t = 0; t < frames; t++)
-            for (int64_t v = 0; v < V; v++) sums.rows[o * sums.ld + t * V + v] += bias_map[(g * p.bo + o) * V + v];
-      sums.finish(live, frames * V, out, T * V);
+            for (int64_t v = 0; v < V; v++) rows[o * plan.ld + t * V + v] += bias_map[(c + o) * V + v];
+        leave_row(out + (c + o) * T * V, rows + o * plan.ld, frames * V, streams);
+      }
     }
+    end_stream();
   });
 }
 
@@ -120,6 +122,7 @@ int64_t graph_dx_with(int64_t N, int64_t T, int64_t V, const Pattern& p, const G
   const TransposedEntries<S> entries(p, gathers ? p.K : 0, values, plan.ld, [](int64_t k, int64_t q) { return k == q ? 0 : -1; },
                                      call_scratch);
   const int64_t tasks = N * plan.tiles, chunks = min64(max_chunks, max64(tasks, 1));
+  const bool streams = is_streamed<S>(N * p.I * T * V);
   const int64_t panel_rows = gathers ? 1 : plan.zrows + 1, packed_rows = gathers ? p.O : p.bo;
   parallel(chunks, threads, [&](int64_t chunk) {
     task_scratch.reserve(Scratch::room<S>(panel_rows * plan.ld) + Scratch::room<S>(packed_rows * plan.ld) +
@@ -153,9 +156,10 @@ int64_t graph_dx_with(int64_t N, int64_t T, int64_t V, const Pattern& p, const G
           back.add(k, dz, frames, output);
           if (partial) graph.correlate(k, input, dz, frames, sum);
         }
-        convert(output, frames * V, dx + ((n * p.I + i) * T + t0) * V);
+        leave_row(dx + ((n * p.I + i) * T + t0) * V, output, frames * V, streams);
       }
     }
+    end_stream();
   });
   return G::of_samples ? tasks : chunks;
 }

@@ -4,6 +4,7 @@
 #include "tile.inl"
 #include "panel.inl"
 #include "columns.inl"
+#include "streams.inl"
 #include "transposed.inl"
 #include "temporal_columns.inl"
 #include "temporal_conv.inl"

@@ -25,10 +25,12 @@ void total_of(const MeanShape& s, int64_t count, const View<const S>* x, const S
   // Without a mean the pixels of a channel are one long frame.
   const int64_t P = s.T * s.V, frames = mean ? s.T : 1, joints = mean ? s.V : P;
   const Vec<S> scale = splat((S)(1 / (double)s.T));
+  const bool streams = is_streamed<S>(s.N * s.C * P);
   parallel(s.N * s.C, threads, [&](int64_t task) {
     const S* from[max_parts];
+    task_scratch.reserve(Scratch::room<S>(P));
+    S* to = task_scratch.take<S>(P);
     for (int64_t k = 0; k < count; k++) from[k] = x[k].data + task / s.C * x[k].stride[0] + task % s.C * x[k].stride[1];
-    S* to = y + task * P;
     over_joints<S>(joints, [&](auto vectors, const auto& j) __attribute__((always_inline)) {
       constexpr int m = decltype(vectors)::value;
       Vec<S> of_mean[m] = {};
@@ -41,6 +43,8 @@ void total_of(const MeanShape& s, int64_t count, const View<const S>* x, const S
         UNROLL for (int i = 0; i < m; i++) j.write(to + t * joints, i, sum[i]);
       }
     });
+    leave_row(y + task * P, to, P, streams);
+    end_stream();
   });
 }
 

@@ -1,8 +1,9 @@
 // norm: y = relu(relu'(gamma (x - mean) / sqrt(var + eps) + beta) + residual) with the statistics of the batch, and its
 // backward. Each of the two ReLUs is optional: `open` is that before the residual, `relu` that at the end.
 //
-// A task is one channel: its pixels of all samples (160 kB for 16 persons of 100 frames and 25 joints) are read from memory
-// once and stay in L2 for the second sweep, which normalises or makes dx. Sums run over blocks in a fixed order whatever the
+// A task is a few channels side by side: their pixels of all samples (160 kB a channel for 16 persons of 100 frames and 25
+// joints) are read from memory once, in runs long enough to be prefetched, and stay in L2 for the second sweep, which
+// normalises or makes dx. Sums run over blocks in a fixed order whatever the
 // number of threads: 4 vectors within a block, float64 between blocks. The squares are taken about a pivot, the mean of the
 // block before, so that a mean far from zero costs no digits. Reference: kernels/reference.py.
 
@@ -143,16 +144,28 @@ struct Moments {
   }
 };
 
+// Channels of a task: runs of 16 kB in every sample where that leaves `tensors` of them within 1 MB, and work for all threads.
+template <class S>
+INLINE int64_t norm_group(const NormShape& s, int64_t tensors, int threads) {
+  const int64_t run = max64(1, s.P * (int64_t)sizeof(S)), all = max64(1, s.N) * run * tensors;
+  return max64(1, min64(min64(ceil_div(16 << 10, run), (1 << 20) / all), s.C / (4 * max64(threads, 1))));
+}
+
 template <class S>
 void norm_forward(const NormShape& s, View<const S> x, View<const S> residual, const S* gamma, const S* beta, double eps,
                   bool open, bool relu, View<S> y, S* mean, S* rstd, S* variance, int threads) {
   const bool streams = is_streamed<S>(s.N * s.C * s.P);
-  parallel(s.C, threads, [&](int64_t c) {
-    Moments<S> moments;
-    for (int64_t n = 0; n < s.N; n++) moments.add(x.data + n * x.stride[0] + c * x.stride[1], s.P);
-    moments.finish(eps, mean[c], rstd[c], variance[c]);
-    const Affine<S> affine(gamma[c] * rstd[c], beta[c], mean[c]);
-    for (int64_t n = 0; n < s.N; n++) {
+  const int64_t group = norm_group<S>(s, 1, threads);
+  parallel(ceil_div(s.C, group), threads, [&](int64_t task) {
+    const int64_t begin = task * group, end = min64(s.C, begin + group);
+    task_scratch.reserve(Scratch::room<Moments<S>>(group));
+    Moments<S>* moments = task_scratch.take<Moments<S>>(group);
+    for (int64_t c = begin; c < end; c++) moments[c - begin] = Moments<S>();
+    for (int64_t n = 0; n < s.N; n++)
+      for (int64_t c = begin; c < end; c++) moments[c - begin].add(x.data + n * x.stride[0] + c * x.stride[1], s.P);
+    for (int64_t c = begin; c < end; c++) moments[c - begin].finish(eps, mean[c], rstd[c], variance[c]);
+    auto normalise = [&](int64_t n, int64_t c) __attribute__((always_inline)) {
+      const Affine<S> affine(gamma[c] * rstd[c], beta[c], mean[c]);
       const S* from = x.data + n * x.stride[0] + c * x.stride[1];
       const S* add = residual.data + n * residual.stride[0] + c * residual.stride[1];
       S* to = y.data + n * y.stride[0] + c * y.stride[1];
@@ -168,7 +181,9 @@ void norm_forward(const NormShape& s, View<const S> x, View<const S> residual, c
       if (!residual.data) open || relu ? sweep(Int<1>{}, Int<0>{}, Int<0>{}) : sweep(Int<0>{}, Int<0>{}, Int<0>{});
       else if (open) relu ? sweep(Int<1>{}, Int<1>{}, Int<1>{}) : sweep(Int<1>{}, Int<1>{}, Int<0>{});
       else relu ? sweep(Int<0>{}, Int<1>{}, Int<1>{}) : sweep(Int<0>{}, Int<1>{}, Int<0>{});
-    }
+    };
+    for (int64_t n = 0; n < s.N; n++)
+      for (int64_t c = begin; c < end; c++) normalise(n, c);
     end_stream();
   });
 }
@@ -181,15 +196,19 @@ void norm_backward(const NormShape& s, View<const S> dy, View<const S> x, View<c
                    const S* mean, const S* rstd, bool open, View<S> dx, View<S> dresidual, S* dgamma, S* dbeta, int threads) {
   const double total = (double)s.N * (double)s.P;
   const bool streams = is_streamed<S>(s.N * s.C * s.P);
-  auto run = [&](int64_t c, auto with_open, auto with_y) __attribute__((always_inline)) {
+  const int64_t group = norm_group<S>(s, 2, threads);
+  auto run = [&](int64_t begin, int64_t end, auto with_open, auto with_y) __attribute__((always_inline)) {
     constexpr bool OPEN = decltype(with_open)::value, Y = decltype(with_y)::value;
-    const Affine<S> affine(gamma[c] * rstd[c], beta[c], mean[c]);
-    auto gate = [&](Vec<S> in, Vec<S> g) __attribute__((always_inline)) {
+    task_scratch.reserve(Scratch::room<double>(2 * group));
+    double *sums = task_scratch.take<double>(2 * group), *products = sums + group;
+    for (int64_t i = 0; i < 2 * group; i++) sums[i] = 0;
+    const auto affine_at = [&](int64_t c) __attribute__((always_inline)) { return Affine<S>(gamma[c] * rstd[c], beta[c], mean[c]); };
+    const auto gate = [](const Affine<S>& affine, Vec<S> in, Vec<S> g) __attribute__((always_inline)) {
       if constexpr (OPEN) return positive<S>(affine(in), g);
       else return g;
     };
-    double sum = 0, product = 0;
-    for (int64_t n = 0; n < s.N; n++) {
+    auto add = [&](int64_t n, int64_t c) __attribute__((always_inline)) {
+      const Affine<S> affine = affine_at(c);
       const S* from = x.data + n * x.stride[0] + c * x.stride[1];
       const S* d = dy.data + n * dy.stride[0] + c * dy.stride[1];
       const S* out = Y ? y.data + n * y.stride[0] + c * y.stride[1] : nullptr;
@@ -203,28 +222,36 @@ void norm_backward(const NormShape& s, View<const S> dy, View<const S> x, View<c
             u = positive<S>(load_valid(out + p + at, valid), u);
             valid < lanes<S> ? store_some(g + p + at, u, valid) : store(g + p + at, u);
           }
-          u = gate(in, u);
+          u = gate(affine, in, u);
           v = u * (in - affine.mean);
         });
-        sum += a, product += b;
+        sums[c - begin] += a, products[c - begin] += b;
       });
-    }
-    dbeta[c] = (S)sum, dgamma[c] = (S)(product * (double)rstd[c]);
-    const Vec<S> of_sum = splat((S)(sum / total)), of_x = splat((S)(product / total * (double)rstd[c] * (double)rstd[c]));
+    };
+    for (int64_t n = 0; n < s.N; n++)
+      for (int64_t c = begin; c < end; c++) add(n, c);
     const View<const S> source = Y ? View<const S>{dresidual.data, {dresidual.stride[0], dresidual.stride[1], 0, 0}} : dy;
-    for (int64_t n = 0; n < s.N; n++) {
+    auto spread = [&](int64_t n, int64_t c) __attribute__((always_inline)) {
+      const Affine<S> affine = affine_at(c);
+      const double product = products[c - begin];
+      const Vec<S> of_sum = splat((S)(sums[c - begin] / total)), of_x = splat((S)(product / total * (double)rstd[c] * (double)rstd[c]));
       const S* from = x.data + n * x.stride[0] + c * x.stride[1];
       const S* g = source.data + n * source.stride[0] + c * source.stride[1];
       S* to = dx.data + n * dx.stride[0] + c * dx.stride[1];
       sweep_row<S>(s.P, [&](auto read, auto write) __attribute__((always_inline)) {
         const Vec<S> in = read(from);
-        write(to, affine.scale * ((gate(in, read(g)) - of_sum) - (in - affine.mean) * of_x));
+        write(to, affine.scale * ((gate(affine, in, read(g)) - of_sum) - (in - affine.mean) * of_x));
       }, streams ? to : nullptr);
-    }
+    };
+    for (int64_t n = 0; n < s.N; n++)
+      for (int64_t c = begin; c < end; c++) spread(n, c);
+    for (int64_t c = begin; c < end; c++)
+      dbeta[c] = (S)sums[c - begin], dgamma[c] = (S)(products[c - begin] * (double)rstd[c]);
   };
-  parallel(s.C, threads, [&](int64_t c) {
-    if (y.data) open ? run(c, Int<1>{}, Int<1>{}) : run(c, Int<0>{}, Int<1>{});
-    else open ? run(c, Int<1>{}, Int<0>{}) : run(c, Int<0>{}, Int<0>{});
+  parallel(ceil_div(s.C, group), threads, [&](int64_t task) {
+    const int64_t begin = task * group, end = min64(s.C, begin + group);
+    if (y.data) open ? run(begin, end, Int<1>{}, Int<1>{}) : run(begin, end, Int<0>{}, Int<1>{});
+    else open ? run(begin, end, Int<1>{}, Int<0>{}) : run(begin, end, Int<0>{}, Int<0>{});
     end_stream();
   });
 }

@@ -14,6 +14,7 @@ void pointwise_backward(const TemporalShape& s, const Pattern& p, View<const A> 
   S* partial = call_scratch.take<S>(chunks * size);
   S* partial_bias = call_scratch.take<S>(chunks * p.O);
   plan.offsets(s, p, offset);
+  const bool streams = is_streamed<S>(s.N * p.I * s.T * s.V);
   parallel(chunks, threads, [&](int64_t chunk) {
     S* sum = partial + chunk * size;
     S* bias = partial_bias + chunk * p.O;
@@ -36,8 +37,9 @@ void pointwise_backward(const TemporalShape& s, const Pattern& p, View<const A> 
         for (int64_t o = 0; o < live; o++) bias[g * p.bo + o] += sum_row(rows + o * ldy, frames * s.V);
       }
       for (int64_t i = 0; i < p.I; i++)
-        convert(gradient + i * plan.ld, frames * s.V, dx + ((n * p.I + i) * s.T + t0) * s.V);
+        leave_row(dx + ((n * p.I + i) * s.T + t0) * s.V, gradient + i * plan.ld, frames * s.V, streams);
     }
+    end_stream();
     clear_ragged(p, sum);
   });
   add_chunks(partial, chunks, p.blocks, p.bi * p.bo, lasso, dw, threads);

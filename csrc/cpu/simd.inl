@@ -135,6 +135,28 @@ struct Scratch {
 // One for the calling thread's shared tables, one for the work inside a task: a task may run on the calling thread.
 inline thread_local Scratch call_scratch, task_scratch;
 
+// Numbers below the smallest normal one (1.2e-38 in float32) count as 0 while this lives. The graphs that learn from the sample
+// are products of scales that begin at 0 and of gradients behind norms that begin at 1e-6, so that they meet such numbers, and
+// there an Intel processor takes 150 cycles for a multiply-add: a quarter of CTR-GCN's training step.
+class FlushDenormals {
+ public:
+#if defined(__x86_64__)
+  FlushDenormals() : kept(__builtin_ia32_stmxcsr()) { set(kept | 0x8040); }
+  ~FlushDenormals() { set(kept); }
+
+ private:
+  unsigned kept;
+  static INLINE void set(unsigned to) {
+    asm volatile("" ::: "memory");
+    __builtin_ia32_ldmxcsr(to);
+    asm volatile("" ::: "memory");
+  }
+#else
+  FlushDenormals() {}
+  ~FlushDenormals() {}
+#endif
+};
+
 template <class F>
 void parallel(int64_t tasks, int threads, F body) {
   auto run = [](int64_t begin, int64_t end, void* context) {

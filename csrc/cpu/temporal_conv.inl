@@ -59,23 +59,26 @@ void temporal_forward(const TemporalShape& s, const Pattern& p, View<const A> x,
   int32_t* offset = call_scratch.take<int32_t>(p.blocks * p.bi);
   plan.offsets(s, p, offset);
   // Pixels that all block rows sweep before the next ones: the columns of the panel that they touch stay in L1 and L2.
-  const int64_t sweep = p.bo >= MAX_ROWS ? 3 * tile_vectors<MAX_ROWS> * lanes<S> : 2 * tile_vectors<1> * lanes<S>;
+  const bool streams = std::is_same_v<S, A> && is_streamed<S>(s.N * p.O * s.T_out * s.V);
+  const int64_t tiles = p.bo >= MAX_ROWS ? 3 * tile_vectors<MAX_ROWS> * lanes<S> : 2 * tile_vectors<1> * lanes<S>;
+  const int64_t sweep = streams && p.bo >= MAX_ROWS ? streamed_sweep<S> : tiles;
   parallel(s.N * plan.tiles, threads, [&](int64_t task) {
     const int64_t n = task / plan.tiles, t0 = task % plan.tiles * plan.frames;
     const int64_t pixels = min64(plan.frames, s.T_out - t0) * s.V, ldy = s.T_out * s.V;
-    task_scratch.reserve(Scratch::room<S>(plan.panel_size(p)) + OutputRows<S, A>::needed(p.bo * sweep));
+    task_scratch.reserve(Scratch::room<S>(plan.panel_size(p)) + Scratch::room<S>(p.bo * sweep));
     S* panel = task_scratch.take<S>(plan.panel_size(p));
-    S* room = task_scratch.take<S>(0);
+    S* room = task_scratch.take<S>(p.bo * sweep);
     pack_panel(plan, s, p, x, n, t0, panel);
     for (int64_t at = 0; at < pixels; at += sweep)
       for (int64_t g = 0; g < p.rows; g++) {
         A* out = y + (n * p.O + g * p.bo) * ldy + t0 * s.V + at;
         const int64_t count = min64(sweep, pixels - at);
-        const OutputRows<S, A> sums(room, sweep, out, ldy);
+        const OutputRows<S, A> sums(room, sweep, out, ldy, streams);
         gather_row(panel + at, block_row(p, g, offset, values), live_rows(p, g), bias ? bias + g * p.bo : nullptr, sums.rows,
-                   sums.ld, count);
+                   sums.ld, sums.pixels(count));
         sums.finish(live_rows(p, g), count, out, ldy);
       }
+    end_stream();
   });
 }
 
@@ -93,6 +96,7 @@ void scatter_tiles(const TemporalShape& s, const Pattern& p, A* dx, int threads,
   int32_t* offset = call_scratch.take<int32_t>(p.blocks * p.bi);
   plan.offsets(s, p, offset);
   const int64_t ldy = row_length<S>(plan.frames * s.V);
+  const bool streams = std::is_same_v<S, A> && is_streamed<S>(s.N * p.I * s.T * s.V);
   parallel(s.N * plan.tiles, threads, [&](int64_t task) {
     const int64_t n = task / plan.tiles, a = task % plan.tiles * tile, b = min64(s.T, a + tile);
     const int64_t first = max64(0, ceil_div(a + plan.padding - reach, s.stride));
@@ -104,8 +108,9 @@ void scatter_tiles(const TemporalShape& s, const Pattern& p, A* dx, int threads,
     for (int64_t g = 0; g < p.rows && frames; g++) scatter(n, g, first, frames, offset, panel, rows, ldy);
     if (s.stride == 1 && a + plan.padding >= first && b + plan.padding - first <= plan.plane_frames) {  // one run
       for (int64_t i = 0; i < p.I; i++)
-        convert(panel + i * plan.ld + (a + plan.padding - first) * s.V, (b - a) * s.V, dx + ((n * p.I + i) * s.T + a) * s.V);
-      return;
+        leave_row(dx + ((n * p.I + i) * s.T + a) * s.V, panel + i * plan.ld + (a + plan.padding - first) * s.V, (b - a) * s.V,
+                  streams);
+      return end_stream();
     }
     for (int64_t i = 0; i < p.I; i++)
       for (int64_t t = a; t < b; t++) {
