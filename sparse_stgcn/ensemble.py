@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from . import plots
 from .config import OptionalInt, OptionalStr, TrainConfig
 from .errors import UserError, run, validating
 
@@ -48,13 +49,15 @@ class EnsembleConfig:
     """CPU threads."""
     workers: OptionalInt = None
     """Processes that load data."""
-    figure: bool = True
-    """Draw the distribution of the largest probability; needs matplotlib."""
+    figure: bool = False
+    """Draw confidence.png, the distribution of the largest probability (the paper's Figure 6). Needs matplotlib."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; see ``--help``. Errors are for ``errors.run`` to report."""
     asked = tyro.cli(EnsembleConfig, args=argv, prog="python -m sparse_stgcn.ensemble")
+    if asked.figure:
+        plots.require()
     configs = members(asked)
 
     from .checkpoint import load, save, write_atomically
@@ -84,8 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                            members=names, protocol=dict(together.protocol), metrics=together.metrics())
     write_atomically(out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     if asked.figure:
-        from . import plots
-
         sure = {"ensemble": result["confidence"], **{m["name"]: m["confidence"] for m in result["members"]}}
         plots.save(plots.violins({name: c["max_probability"] for name, c in sure.items()}), out / "confidence.png")
     print("\n".join([*lines(result), f"files     {out}"]))

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from . import plots
 from .config import OptionalFloat, OptionalInt, OptionalStr, TrainConfig, check_device
 from .errors import UserError, one_of, run
 
@@ -67,12 +68,16 @@ class LotteryConfig:
     """CPU threads."""
     workers: OptionalInt = None
     """Processes that load data."""
+    figure: bool = False
+    """Draw lottery.png, accuracy over sparsity (the paper's Figure 3). Needs matplotlib."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; see ``--help``. Errors are for ``errors.run`` to report."""
     asked = tyro.cli(LotteryConfig, args=argv, prog="python -m sparse_stgcn.lottery")
     base = check(asked)
+    if asked.figure:
+        plots.require()
 
     from .training import run as training
     from .training.tickets import Lottery, Recipe
@@ -92,6 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         raise
     print("\n".join(table(points)))
+    if asked.figure:
+        dense = experiment.result["pretrained"]["test"]
+        plots.save(plots.lines(values(points), "sparsity", dense=[dense["top1"]] if dense else ()), out / "lottery.png")
     print(f"results   {out / 'lottery.json'}")
     return 0
 
@@ -147,14 +155,20 @@ def check(asked: LotteryConfig) -> TrainConfig:
     return base
 
 
+def values(points: Sequence[dict[str, Any]]) -> dict[str, dict[float, list[float]]]:
+    """Top-1 of each seed by method and initial weights, then by sparsity."""
+    made: dict[str, dict[float, list[float]]] = {}
+    for point in sorted(points, key=lambda point: (point["method"], point["init"])):
+        made.setdefault(f"{point['method']}, {point['init']}", {}).setdefault(point["sparsity"], []).append(point["top1"])
+    return made
+
+
 def table(points: Sequence[dict[str, Any]]) -> list[str]:
     """Top-1 over sparsity, one line for each method and initial weights, the mean over seeds."""
     columns = sorted({point["sparsity"] for point in points})
     lines = ["top-1     " + " " * 22 + "".join(f"{column:>9g}" for column in columns)]
-    for method, init in sorted({(point["method"], point["init"]) for point in points}):
-        cells = [[p["top1"] for p in points if (p["method"], p["init"], p["sparsity"]) == (method, init, column)]
-                 for column in columns]
-        lines.append(f"          {method + ', ' + init:<22}" + "".join(f"{mean(c):>9.2%}" if c else " " * 9 for c in cells))
+    for name, cells in values(points).items():
+        lines.append(f"          {name:<22}" + "".join(f"{mean(cells[c]):>9.2%}" if c in cells else " " * 9 for c in columns))
     return lines
 
 

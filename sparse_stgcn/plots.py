@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["curves", "lines", "save", "violins"]
+__all__ = ["curves", "lines", "require", "save", "violins"]
 
 Points = Mapping[str, Mapping[float, Sequence[float]]]
 
@@ -86,13 +86,18 @@ def save(figure: Figure, path: str | Path) -> None:
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
-def _axes(title: str, columns: int = 1) -> tuple[Figure, Any]:
+def require() -> type[Figure]:
+    """matplotlib's Figure. Raises UserError without matplotlib; a long command asks before it begins."""
     try:
         from matplotlib.figure import Figure as Canvas
     except ImportError as error:
         raise UserError("Expected matplotlib for figures. Got none; install it with pip install "
                         f"'sparse-stgcn[plots]' ({error}).") from error
-    figure = Canvas(figsize=(5.2 * columns, 3.8), layout="constrained")
+    return Canvas
+
+
+def _axes(title: str, columns: int = 1) -> tuple[Figure, Any]:
+    figure = require()(figsize=(5.2 * columns, 3.8), layout="constrained")
     if title:
         figure.suptitle(title)
     axes: Axes | Any = figure.subplots(1, columns)

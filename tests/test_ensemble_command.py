@@ -66,7 +66,7 @@ def trained(tmp_path_factory) -> Path:
 
 def test_the_command_tests_the_members_as_one(trained, capsys):
     out = trained / "both"
-    assert run(ensemble.main, [str(trained / "low"), str(trained / "high"), "--out", str(out)]) == 0
+    assert run(ensemble.main, [str(trained / "low"), str(trained / "high"), "--out", str(out), "--figure"]) == 0
     scores = Scores.load(out / "scores.npz")
     own = [Scores.load(trained / name / "scores.npz") for name in ("low", "high")]
     np.testing.assert_allclose(scores.probability, (own[0].probability + own[1].probability) / 2, atol=1e-6)

@@ -187,7 +187,8 @@ def test_the_command_skips_what_is_done_and_adds_what_is_new(dense: Path, tmp_pa
     assert first["pretrained"]["test"]["top1"] > 0.8
     assert first["recipe"]["scope"] == "global"
     assert not list((tmp_path / "out").rglob("resume.safetensors"))
-    assert lottery.main([*argv[:-1], "0.9", "0.5"]) == 0
+    assert lottery.main([*argv[:-1], "0.9", "0.5", "--figure"]) == 0
+    assert (tmp_path / "out" / "lottery.png").read_bytes().startswith(b"\x89PNG")
     both = json.loads((tmp_path / "out" / "lottery.json").read_text())
     assert [p for p in both["points"] if p["sparsity"] == 0.5] == first["points"]
     assert len(both["points"]) == 8
