@@ -80,10 +80,11 @@ void aa_graphs_backward(const DynamicShape& s, GroupView<const S> a, GroupView<c
     transpose_map(plain, j, transposed);
     const auto row = [&](const GroupView<S>& to, int64_t r) { return to.data + n * to.stride[0] + k * to.stride[1] + r * to.stride[2]; };
     for (int64_t r = part * s.R / aa_parts; r < (part + 1) * s.R / aa_parts; r++) {
-      multiply(frames_of(b, n, k, r), transposed, s.T, j, output);
-      leave_row(row(da, r), output, s.T * s.V, streams);
-      multiply(frames_of(a, n, k, r), plain, s.T, j, output);
-      leave_row(row(db, r), output, s.T * s.V, streams);
+      const OneRow<S> to_a(output, row(da, r), streams), to_b(output, row(db, r), streams);
+      multiply(frames_of(b, n, k, r), transposed, s.T, j, to_a.row);
+      to_a.finish(s.T * s.V);
+      multiply(frames_of(a, n, k, r), plain, s.T, j, to_b.row);
+      to_b.finish(s.T * s.V);
     }
     end_stream();
   });

@@ -192,8 +192,9 @@ struct CtrBackward {
         gather_row(maps, row, count, mix.bias + c, graph, j.map, j.map);
         for (int64_t i = 0; i < count; i++) {
           S* to = dgraph + i * j.map;
-          multiply(frames_of(dy, n, c + i), graph + i * j.map, s.T, j, output);
-          leave_row(dx3 + (c + i) * s.T * s.V, output, s.T * s.V, streams);
+          const OneRow<S> gradient(output, dx3 + (c + i) * s.T * s.V, streams);
+          multiply(frames_of(dy, n, c + i), graph + i * j.map, s.T, j, gradient.row);
+          gradient.finish(s.T * s.V);
           pack_frames(frames_of(x3, n, c + i), s.T, j, packed);
           correlate(frames_of(dy, n, c + i), packed, s.T, j, to, false);
           sums[c + i] += sum_row(to, j.map);

@@ -68,8 +68,9 @@ void dg_forward(const DynamicShape& s, GroupView<const S> x, View<const S> x1, V
                     const int64_t at = v * j.ld + i * lanes<S>;
                     store(graph + at, load(shared + at) + a * t);
                   });
-      multiply(frames_of(x, n, k, c), graph, s.T, j, output);
-      leave_row(y + (task * s.C + c) * s.T * s.V, output, s.T * s.V, streams);
+      const OneRow<S> product(output, y + (task * s.C + c) * s.T * s.V, streams);
+      multiply(frames_of(x, n, k, c), graph, s.T, j, product.row);
+      product.finish(s.T * s.V);
     }
     end_stream();
   });
@@ -133,8 +134,9 @@ void dg_backward(const DynamicShape& s, GroupView<const S> x, View<const S> x1, 
                       store(tanhs + at, t);
                       store(graph + at, load(shared + at) + a * t);
                     });
-        multiply(frames_of(dy, n, k, c), graph, s.T, j, output);
-        leave_row(dx + ((n * s.K + k) * s.C + c) * s.T * s.V, output, s.T * s.V, streams);
+        const OneRow<S> gradient(output, dx + ((n * s.K + k) * s.C + c) * s.T * s.V, streams);
+        multiply(frames_of(dy, n, k, c), graph, s.T, j, gradient.row);
+        gradient.finish(s.T * s.V);
         pack_frames(frames_of(x, n, k, c), s.T, j, packed);
         correlate(frames_of(dy, n, k, c), packed, s.T, j, dgraph, false);
         S *d1 = drows.x1 + c * j.ld, *d2 = drows.x2 + c * j.ld;

@@ -72,19 +72,17 @@ void graph_forward_with(int64_t N, int64_t T, int64_t V, const Pattern& p, const
     task_scratch.reserve(Scratch::room<S>(plan.panel_size()) + Scratch::room<S>(plan.ld) + Scratch::room<S>(p.bo * plan.ld));
     S* panel = task_scratch.take<S>(plan.panel_size());
     S* input = task_scratch.take<S>(plan.ld);
-    S* rows = task_scratch.take<S>(p.bo * plan.ld);
+    S* room = task_scratch.take<S>(p.bo * plan.ld);
     pack_graph_panel(plan, T, V, p, graphs.at(n), x, n, t0, frames, input, panel);
-    A* out = y + n * p.O * T * V + t0 * V;
     for (int64_t g = 0; g < p.rows; g++) {
-      const int64_t live = live_rows(p, g), c = g * p.bo;
-      gather_row(panel, block_row(p, g, offset, values), live, (const S*)nullptr, rows, plan.ld,
-                 ceil_div(frames * V, lanes<S>) * lanes<S>);
-      for (int64_t o = 0; o < live; o++) {
-        if (bias_map)
-          for (int64_t t = 0; t < frames; t++)
-            for (int64_t v = 0; v < V; v++) rows[o * plan.ld + t * V + v] += bias_map[(c + o) * V + v];
-        leave_row(out + (c + o) * T * V, rows + o * plan.ld, frames * V, streams);
-      }
+      const int64_t live = live_rows(p, g);
+      A* out = y + ((n * p.O + g * p.bo) * T + t0) * V;
+      const OutputRows<S, A> sums(room, plan.ld, out, T * V, streams);
+      gather_row(panel, block_row(p, g, offset, values), live, (const S*)nullptr, sums.rows, sums.ld, sums.pixels(frames * V));
+      for (int64_t o = 0; bias_map && o < live; o++)
+        for (int64_t t = 0; t < frames; t++)
+          for (int64_t v = 0; v < V; v++) sums.rows[o * sums.ld + t * V + v] += bias_map[(g * p.bo + o) * V + v];
+      sums.finish(live, frames * V, out, T * V);
     }
     end_stream();
   });

@@ -51,6 +51,16 @@ struct OutputRows {
   }
 };
 
+// The same for one row of S.
+template <class S>
+struct OneRow {
+  S *row, *to;
+  OneRow(S* room, S* y, bool streams) : row(streams ? room : y), to(y) {}
+  void finish(int64_t pixels) const {
+    if (row != to) stream_row(to, row, pixels);
+  }
+};
+
 // Pixels of a row that all block rows make before the next ones, where they leave past the caches: 2.6 kB and more.
 template <class S>
 constexpr int64_t streamed_sweep = 14 * 3 * lanes<S>;

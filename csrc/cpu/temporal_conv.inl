@@ -2,7 +2,8 @@
 //
 // x (N, I, T, V) any strides, y (N, O, T_out, V) contiguous, values (blocks, bi, bo). Reference: kernels/reference.py.
 // A task is one tile of output frames of one sample: pack the tile's input with its halo, then let every block row
-// sweep it. x, dy, y, dx are stored as A, a panel as P: S, or what paired.inl multiplies. dX scatters with the same offsets; frames in the halo are computed twice, so that tiles share nothing.
+// sweep it. x, dy, y, dx are stored as A, a panel as P: S, or what paired.inl multiplies. dX scatters with the same offsets;
+// frames in the halo are computed twice, so that tiles share nothing.
 // Blocks of few outputs take the columns of temporal_columns.inl instead.
 
 // dX gathers over columns everywhere; the forward gains only where a column is packed with masked loads; dW does not gain.
