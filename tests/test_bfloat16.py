@@ -1,14 +1,11 @@
 """The convolutions of activations stored in bfloat16: sums are float32, in a fixed order, and are rounded once."""
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from sparse_stgcn.kernels import BlockPattern, Lasso, _native, graph_conv, reference, temporal_conv
+from tests import forced_isa
 from tests import test_graph_conv as graph_tests
 from tests import test_temporal_conv as temporal_tests
 from tests.kernel_cases import assert_rounded_once, assert_within, integers, normal, random_pattern, strided
@@ -135,8 +132,4 @@ print("OK")
 @pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "baseline"])
 def test_every_instruction_set(isa):
     """The same checks with the instruction set forced, in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", PROBE.format(isa=isa)], env={**os.environ, "SPARSE_STGCN_ISA": isa},
-                          capture_output=True, text=True, timeout=300)
-    if done.stdout.startswith("SKIP"):
-        pytest.skip(f"this processor has no {isa}: {done.stdout[5:].strip()}")
-    assert done.returncode == 0 and done.stdout.strip() == "OK", done.stdout + done.stderr
+    forced_isa.run(isa, PROBE)

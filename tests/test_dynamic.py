@@ -1,10 +1,6 @@
 """kernels.dynamic: the aggregations against their formulas, and what they keep for the backward pass."""
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +8,7 @@ from torch import Tensor
 from sparse_stgcn import BlockPattern
 from sparse_stgcn.kernels import _native
 from sparse_stgcn.kernels.ctr import ctr_aggregate, ctr_aggregate_sum
+from tests import forced_isa
 from tests.dynamic_cases import CASES, FORMULA, NAMES, OPS, OURS, C, K, N, R, T, X, check, ctr, draw, run, sizes
 from tests.kernel_cases import BLOCKS, STRIDES, integers, normal, random_pattern
 
@@ -331,8 +328,4 @@ print("OK")
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_every_instruction_set(isa: str) -> None:
     """The same checks with the instruction set forced, in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", PROBE.format(isa=isa)], env={**os.environ, "SPARSE_STGCN_ISA": isa},
-                          capture_output=True, text=True, timeout=300)
-    if done.stdout.startswith("SKIP"):
-        pytest.skip(f"this processor has no {isa}: {done.stdout[5:].strip()}")
-    assert done.returncode == 0 and done.stdout.strip() == "OK", done.stdout + done.stderr
+    forced_isa.run(isa, PROBE)

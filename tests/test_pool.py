@@ -1,9 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -11,6 +7,7 @@ from torch import nn
 from sparse_stgcn.kernels import _native, max_pool
 from sparse_stgcn.kernels import reference_units as reference
 from sparse_stgcn.layers import run_units
+from tests import forced_isa
 from tests.kernel_cases import STRIDES, integers, normal, strided
 
 pytestmark = pytest.mark.skipif(_native.module is None, reason="the native module is not built")
@@ -128,8 +125,4 @@ print("OK")
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_every_instruction_set(isa):
-    done = subprocess.run([sys.executable, "-c", PROBE.format(isa=isa)], env={**os.environ, "SPARSE_STGCN_ISA": isa},
-                          capture_output=True, text=True)
-    if done.stdout.startswith("SKIP"):
-        pytest.skip(f"this processor has no {isa}: {done.stdout[5:].strip()}")
-    assert done.returncode == 0 and done.stdout.strip() == "OK", done.stdout + done.stderr
+    forced_isa.run(isa, PROBE)

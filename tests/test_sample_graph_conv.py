@@ -1,10 +1,6 @@
 """graph_conv with a graph of its own for every sample, and the layer of AA-GCN that is built on it."""
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +9,7 @@ from sparse_stgcn.joins import sum_over_graphs
 from sparse_stgcn.kernels import BlockPattern, Lasso, _native, graph_conv, reference, reference_dynamic
 from sparse_stgcn.kernels.dynamic import aa_graph
 from sparse_stgcn.layers import SparseConv2d
+from tests import forced_isa
 from tests.kernel_cases import BLOCKS, STRIDES, assert_rounded_once, assert_within, integers, normal, random_pattern, strided
 
 pytestmark = pytest.mark.skipif(_native.module is None, reason="the native module is not built")
@@ -235,8 +232,4 @@ print("OK")
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_every_instruction_set(isa: str) -> None:
     """The same checks with the instruction set forced, in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", PROBE.format(isa=isa)], env={**os.environ, "SPARSE_STGCN_ISA": isa},
-                          capture_output=True, text=True, timeout=300)
-    if done.stdout.startswith("SKIP"):
-        pytest.skip(f"this processor has no {isa}: {done.stdout[5:].strip()}")
-    assert done.returncode == 0 and done.stdout.strip() == "OK", done.stdout + done.stderr
+    forced_isa.run(isa, PROBE)

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
 
 from sparse_stgcn.kernels import BlockPattern, Lasso, _native, reference, temporal_conv
+from tests import forced_isa
 from tests.kernel_cases import BLOCKS, STRIDES, assert_rounded_once, assert_within, integers, normal, random_pattern, strided
 
 pytestmark = pytest.mark.skipif(_native.module is None, reason="the native module is not built")
@@ -322,8 +320,4 @@ print("OK")
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
     """The same checks with the instruction set forced, in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", PROBE.format(isa=isa)], env={**os.environ, "SPARSE_STGCN_ISA": isa},
-                          capture_output=True, text=True, timeout=300)
-    if done.stdout.startswith("SKIP"):
-        pytest.skip(f"this processor has no {isa}: {done.stdout[5:].strip()}")
-    assert done.returncode == 0 and done.stdout.strip() == "OK", done.stdout + done.stderr
+    forced_isa.run(isa, PROBE)
