@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
@@ -86,8 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     base = training.resolve(base, archive)
     training.set_up_torch(base)
     archive.check_classes("train")
-    recipe = Recipe(asked.block, asked.density, asked.scope, asked.absolute, asked.score_init, asked.score_lr,
-                    asked.train_norm, asked.train_head, asked.rate, asked.rewind_epoch)
+    recipe = Recipe(**{field.name: getattr(asked, field.name) for field in fields(Recipe)})
     pretrained = Path(asked.work_dir) / "model.safetensors" if "pretrained" in asked.inits else None
     out = Path(asked.out or Path(asked.work_dir) / "lottery")
     experiment = Lottery(base, archive, pretrained, recipe, out)
