@@ -43,7 +43,7 @@ class SweepConfig:
     time_limit: OptionalFloat = None
     """Minutes after which runs are stopped; the next call goes on with them."""
     jobs: OptionalInt = None
-    """Runs at a time. Default: one per device, or per processor: two runs with one thread each do more than one with two."""
+    """Runs at a time. Default: one per device, or per processor."""
     threads: OptionalInt = None
     """CPU threads per run. Default: the processors divided by the jobs."""
     devices: tuple[str, ...] = ()
