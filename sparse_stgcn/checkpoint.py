@@ -12,8 +12,10 @@ so that nothing in the file depends on how the kernels lay weights out. A convol
 warm-up has its dense ``NAME.weight`` instead of a part of ``sparse.values``. Equal buffers (the graph, in
 every block) are stored once.
 
-An ensemble is such a file of several networks: the tensors of member i begin with ``members.i.``, a buffer that an earlier
-member has, too, is stored once (``same_as`` of the file), and the metadata has the list ``members``.
+An ensemble is such a file of several networks: the tensors of member i begin with ``members.i.``, a tensor that an earlier
+member has, too, is stored once (``same_as`` of the file), and the metadata has the list ``members``. A compact member
+whose kept weights are all among those of an earlier member, at the same places, has no ``sparse.values`` but the
+earlier member's number as ``values_of``; such a file has format 2, every other one format 1.
 
 The metadata has one key, ``sparse_stgcn``, with JSON text: ``format``, ``version``, ``model`` (what rebuilds
 the network), ``sparse`` (groups of convolutions with the same block and stage), ``pattern`` (SHA-256 of all
@@ -26,7 +28,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +42,10 @@ from .kernels import BlockPattern
 from .recognizer import Ensemble, Recognizer
 from .sparsity import maskable_convs
 
-__all__ = ["dense_bytes", "from_paper", "from_pyskl", "load", "pack", "read_metadata", "read_tensors", "save",
-           "to_pyskl", "unpack", "write_atomically", "write_tensors"]
+__all__ = ["dense_bytes", "from_paper", "from_pyskl", "load", "pack", "read_metadata", "read_tensors",
+           "rebuild", "save", "to_pyskl", "unpack", "write_atomically", "write_tensors"]
 
-FORMAT = 1
+FORMAT, SHARING = 1, 2  # of files with ``values_of``
 KEY = "sparse_stgcn"
 COUNTER = ".num_batches_tracked"
 
@@ -60,7 +62,7 @@ def save(model: nn.Module, path: str | Path, **meta: Any) -> int:
         **meta: anything that JSON can hold: label names, metrics, protocol ...; :func:`read_metadata` gives
             it back.
     """
-    tensors, description = pack_members(model.members) if isinstance(model, Ensemble) else pack(model)
+    tensors, description = pack(model)
     return write_tensors(path, tensors, {**description, "meta": meta})
 
 
@@ -73,7 +75,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
     """
     tensors, description = read_tensors(path)
     try:
-        model = _rebuild(tensors, description)
+        model = rebuild(tensors, description)
     except (KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"Expected {path} to be a complete checkpoint. Got: {error}.") from error
     return model.to(device).eval()
@@ -104,7 +106,9 @@ def dense_bytes(model: nn.Module) -> int:
 
 
 def pack(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, description) of a network, laid out as the module says; tensors are copies on the CPU."""
+    """(tensors, description) of a network or an ensemble, laid out as the module says; tensors are copies on the CPU."""
+    if isinstance(model, Ensemble):
+        return _pack_members(list(model.members))
     layers = _sparse_layers(model)
     compact = {name for name, conv, _ in layers if conv.stage == "compact"}
     tensors = {k: _stored(t) for k, t in model.state_dict().items() if _layer_of(k) not in compact}
@@ -127,33 +131,58 @@ def pack(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "pattern": _digest([pattern for _, _, pattern in layers]), "batches": batches, "same_as": same_as}
 
 
-def pack_members(models: Iterable[nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, description) of the networks of an ensemble, laid out as the module says."""
-    tensors: dict[str, Tensor] = {}
-    members: list[dict[str, Any]] = []
-    buffers: list[str] = []
-    for index, model in enumerate(models):
-        own, description = pack(model)
-        tensors |= {f"members.{index}.{name}": tensor for name, tensor in own.items()}
-        buffers += [f"members.{index}.{name}" for name, _ in model.named_buffers()]
-        members.append(description)
-    same_as = _drop_repeated(tensors, buffers)
-    return tensors, {"format": FORMAT, "version": members[0]["version"], "members": members, "same_as": same_as}
-
-
-def _rebuild(tensors: dict[str, Tensor], description: Mapping[str, Any]) -> Recognizer | Ensemble:
-    """The network or the ensemble of a file's contents; raises like :func:`unpack`."""
+def rebuild(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Recognizer | Ensemble:
+    """The network or the ensemble that :func:`pack` gave; raises like :func:`unpack`."""
     if "members" not in description:
         model = Recognizer.from_config(description["model"])
         unpack(model, tensors, description)
         return model
-    tensors = tensors | {name: tensors[source] for name, source in description["same_as"].items()}
-    models = []
+    tensors = {**tensors, **{name: tensors[source] for name, source in description["same_as"].items()}}
+    models: list[Recognizer] = []
     for index, member in enumerate(description["members"]):
         prefix = f"members.{index}."
-        models.append(Recognizer.from_config(member["model"]))
-        unpack(models[-1], {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, member)
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        model = Recognizer.from_config(member["model"])
+        if (source := member.get("values_of")) is not None:
+            convs = maskable_convs(models[source])
+            patterns = _read_patterns(model, own["sparse.live"].numpy(), member)
+            own["sparse.values"] = torch.cat([convs[name].weight_oik().detach()[p.mask()] for name, p in patterns.items()])
+        unpack(model, own, member)
+        models.append(model)
     return Ensemble(models)
+
+
+def _pack_members(models: list[nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    members: list[dict[str, Any]] = []
+    repeatable: list[str] = []
+    for index, model in enumerate(models):
+        own, description = pack(model)
+        source = next((i for i in range(index) if _holds_values_of(models[i], model)), None)
+        if source is not None:
+            del own["sparse.values"]
+            description["values_of"] = source
+        tensors |= {f"members.{index}.{name}": tensor for name, tensor in own.items()}
+        repeatable += [f"members.{index}.{name}" for name in own if not name.startswith("sparse.")]
+        members.append(description)
+    same_as = _drop_repeated(tensors, repeatable)
+    shares = any("values_of" in member for member in members)
+    return tensors, {"format": SHARING if shares else FORMAT, "version": members[0]["version"], "members": members,
+                     "same_as": same_as}
+
+
+def _holds_values_of(outer: nn.Module, inner: nn.Module) -> bool:
+    """Whether each kept weight of the compact network ``inner`` is one of the compact ``outer``, with the same value."""
+    holders, held = maskable_convs(outer), maskable_convs(inner)
+    if {conv.stage for conv in (*holders.values(), *held.values())} != {"compact"} or holders.keys() != held.keys():
+        return False
+    for name, conv in held.items():
+        holder, live = holders[name], conv.pattern.mask()
+        if holder.shape_oik != conv.shape_oik or bool((live & ~holder.pattern.mask().to(live.device)).any()):
+            return False
+        if not torch.equal(holder.weight_oik().to(live.device)[live], conv.weight_oik()[live]):
+            return False
+    return True
 
 
 def unpack(model: nn.Module, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
@@ -312,6 +341,6 @@ def _description(path: str | Path, metadata: Mapping[str, str] | None) -> dict[s
         found = description["format"]
     except (KeyError, TypeError, ValueError):
         raise _foreign(path) from None
-    if found != FORMAT:
-        raise ValueError(f"Expected {path} in format {FORMAT}. Got format {found}; update sparse_stgcn.")
+    if found not in (FORMAT, SHARING):
+        raise ValueError(f"Expected {path} in format {FORMAT} or {SHARING}. Got format {found}; update sparse_stgcn.")
     return description

@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
 
 from .errors import UserError, one_of, validating
 
-__all__ = ["PRESETS", "OptionalInt", "OptionalStr", "TrainConfig", "check_device", "parse"]
+__all__ = ["PRESETS", "OptionalInt", "OptionalStr", "TrainConfig", "check_device", "parse", "parse_as"]
 
 # A flag that may be left out. Its help text says what happens then, which "(default: None)" would not.
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
@@ -38,6 +38,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 # Warm-up epochs over all epochs. A dense epoch costs as much as several sparse ones, and on few sequences the penalty has
 # drained the masked weights after five or six epochs, so the two presets for small sets learn in the second stage.
 WARMUP = {"synthetic": 1 / 6, "small": 0.085, "large": 0.6}
+
+T = TypeVar("T", bound="TrainConfig")
 
 # What may differ between the first part of a run and its continuation: where it runs, not what it computes.
 _FREE_ON_RESUME = ("config", "resume", "data", "device", "threads", "workers")
@@ -148,7 +150,7 @@ class TrainConfig:
                              "batch size.")
         return self.lr * self.batch_size / self.lr_reference_batch
 
-    def resolved(self, preset: str) -> TrainConfig:
+    def resolved(self: T, preset: str) -> T:
         """A copy in which the keys that are None have the values of ``PRESETS[preset]``, checked again.
 
         ``num_person``, ``split``, ``threads``, ``workers``, ``device`` and ``work_dir`` depend on the data or
@@ -235,7 +237,7 @@ class TrainConfig:
         Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
     @classmethod
-    def read(cls, path: str | Path) -> TrainConfig:
+    def read(cls: type[T], path: str | Path) -> T:
         """The configuration of a YAML file; keys that it does not set keep their defaults.
 
         Raises:
@@ -255,7 +257,7 @@ class TrainConfig:
         return cls.from_mapping(content, path)
 
     @classmethod
-    def from_mapping(cls, content: Mapping[str, Any], path: str | Path) -> TrainConfig:
+    def from_mapping(cls: type[T], content: Mapping[str, Any], path: str | Path) -> T:
         """The configuration of keys and values read from ``path``; raises like :meth:`read`."""
         kinds = get_type_hints(cls)
         values: dict[str, Any] = {}
@@ -267,7 +269,12 @@ class TrainConfig:
 
 
 def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> TrainConfig:
-    """The configuration of a command line: defaults, then the ``--config`` file, then flags.
+    """The configuration of a command line of ``train``, see :func:`parse_as`."""
+    return parse_as(TrainConfig, argv, prog)
+
+
+def parse_as(kind: type[T], argv: Sequence[str] | None = None, prog: str | None = None) -> T:
+    """The configuration of a command line as a ``kind``: defaults, then the ``--config`` file, then flags.
 
     With ``--resume D`` the configuration is D/config.yaml; a flag that would change what the run computes is
     refused.
@@ -279,7 +286,7 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> TrainCo
     early.add_argument("--config")
     early.add_argument("--resume")
     known, _ = early.parse_known_args(argv)
-    default = TrainConfig()
+    default = kind()
     if known.resume is not None:
         if known.config is not None:
             raise UserError("Expected --resume without --config, as the run keeps its own. Remove --config.")
@@ -287,10 +294,10 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> TrainCo
         if not recorded.is_file():
             raise UserError(f"Expected --resume to be the work directory of a run. Got {known.resume}, which "
                             "has no config.yaml.")
-        default = TrainConfig.read(recorded)
+        default = kind.read(recorded)
     elif known.config is not None:
-        default = TrainConfig.read(known.config)
-    config = tyro.cli(TrainConfig, args=argv, default=default, prog=prog)
+        default = kind.read(known.config)
+    config = tyro.cli(kind, args=argv, default=default, prog=prog)
     if known.resume is not None:
         # The directory may have been moved or renamed since it was written.
         default.work_dir = config.work_dir = known.resume
@@ -327,6 +334,8 @@ def _flag(name: str) -> str:
 
 def _coerce(name: str, value: Any, kind: Any, path: str | Path) -> Any:
     """``value`` as the field's type. YAML 1.1 reads 5e-4 as text and 1 as integer; both are good floats."""
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_coerce(name, item, get_args(kind)[0], path) for item in value)
     options = getattr(kind, "__args__", (kind,))
     if value is None and type(None) in options:
         return None

@@ -134,6 +134,24 @@ class BlockPattern:
                 self._cache["mask"] = full[:o, :i].contiguous()
         return self._cache["mask"]
 
+    def within(self, outer: BlockPattern) -> Tensor:
+        """Int64 (nnz,): the position of each block among those of ``outer``, so that values = outer_values[position].
+
+        Raises:
+            ValueError: ``outer`` has another shape or block, or does not have all of these blocks.
+        """
+        if (outer.shape, outer.block) != (self.shape, self.block):
+            raise ValueError(f"Expected outer of shape {self.shape} and block {self.block}. "
+                             f"Got {outer.shape} and {outer.block}.")
+        cols, taps = self.t_ptr.numel() - 1, self.shape[2]
+        position = torch.full((self.row_ptr.numel() - 1, taps, cols), -1, device=self.device)
+        position[outer.rows, outer.tap.long(), outer.input.long()] = torch.arange(outer.num_blocks, device=self.device)
+        found = position[self.rows, self.tap.long(), self.input.long()]
+        if bool((found < 0).any()):
+            raise ValueError(f"Expected outer to have all blocks of this pattern. Got {int((found < 0).sum())} of "
+                             f"{self.num_blocks} that it does not have.")
+        return found
+
     def gather(self, dense: Tensor) -> Tensor:
         """The live blocks of ``dense`` (O, I, K) as values (nnz, bi, bo); entries beyond a ragged edge are 0."""
         if tuple(dense.shape) != self.shape:

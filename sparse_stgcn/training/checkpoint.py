@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import pack, read_tensors, unpack, write_tensors
+from ..checkpoint import pack, read_tensors, rebuild, unpack, write_tensors
+from ..recognizer import Ensemble, Recognizer
 
-__all__ = ["load_model", "load_state", "save_state"]
+__all__ = ["load_model", "load_network", "load_state", "save_state"]
 
 
 def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int,
@@ -42,16 +43,26 @@ def load_model(path: Path, model: nn.Module) -> None:
         ValueError: not a resume file, or one of another network.
         OSError: the file cannot be read.
     """
-    tensors, description = read_tensors(path)
-    if "epoch" not in description:
-        raise ValueError(f"Expected {path} to be the resume file of a run. Got a checkpoint without training "
-                         "state.")
+    tensors, description = _read(path)
     try:
-        network = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        unpack(model, network, description)
+        unpack(model, tensors, description)
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"Expected {path} to fit the network of this configuration. "
                          f"Got: {error}.") from error
+
+
+def load_network(path: Path) -> Recognizer | Ensemble:
+    """The network of the resume file, or the networks of a run that trains several, built anew.
+
+    Raises:
+        ValueError: not a resume file, or a damaged one.
+        OSError: the file cannot be read.
+    """
+    tensors, description = _read(path)
+    try:
+        return rebuild(tensors, description)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"Expected {path} to be a complete resume file. Got: {error}.") from error
 
 
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int,
@@ -76,3 +87,13 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
             if (state := tensors.get(f"random.cuda.{index}")) is not None:
                 torch.cuda.set_rng_state(state, index)
     return int(description["epoch"]), list(description["history"])
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, description) of the network in the resume file, as ``pack`` gave them."""
+    tensors, description = read_tensors(path)
+    if "epoch" not in description:
+        raise ValueError(f"Expected {path} to be the resume file of a run. Got a checkpoint without training "
+                         "state.")
+    prefix = "model."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, description

@@ -78,7 +78,7 @@ class Trainer:
         if self.work_dir is None:
             raise ValueError("Expected a trainer with work_dir. Got None, so there is nothing to resume "
                              "from.")
-        self.epoch, self.history = load_state(self.work_dir / STATE, self.model, self.optimizer)
+        self.epoch, self.history = load_state(self.work_dir / STATE, self._trained(), self.optimizer)
         text = "".join(json.dumps(record) + "\n" for record in self.history)
         (self.work_dir / LOG).write_text(text, encoding="utf-8")
 
@@ -94,8 +94,7 @@ class Trainer:
         keep_freed_memory()
         with self.report:
             while self.epoch < (self.epochs if until is None else min(until, self.epochs)):
-                if self.method.begin_epoch(self.epoch, self.optimizer):
-                    self.report.line(f"fine-tuning: {summary(self.model)}")
+                self._begin_epoch()
                 record = self._train_epoch()
                 if self._evaluation_due():
                     record.update(self._evaluate())
@@ -104,6 +103,15 @@ class Trainer:
                 self.epoch += 1
                 self._write(record)
         return self.history
+
+    def _begin_epoch(self) -> None:
+        """Go over to the second stage if its first epoch begins."""
+        if self.method.begin_epoch(self.epoch, self.optimizer):
+            self.report.line(f"fine-tuning: {summary(self.model)}")
+
+    def _trained(self) -> nn.Module:
+        """What the resume file holds."""
+        return self.model
 
     def _train_epoch(self) -> dict[str, Any]:
         config, method, steps = self.config, self.method, len(self.loader)
@@ -161,7 +169,7 @@ class Trainer:
         last_of_warmup = self.method.stage == "warm-up" and done == self.warmup_epochs
         return done % self.eval_every == 0 or done == self.epochs or last_of_warmup
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, Any]:
         start = time.perf_counter()
         options = {"batch_size": 2 * self.batch_size, "workers": self.workers}
         with masked(self.model):
@@ -176,7 +184,7 @@ class Trainer:
             return
         with (self.work_dir / LOG).open("a", encoding="utf-8") as log:
             log.write(json.dumps(record) + "\n")
-        save_state(self.work_dir / STATE, self.model, self.optimizer, self.epoch, self.history)
+        save_state(self.work_dir / STATE, self._trained(), self.optimizer, self.epoch, self.history)
 
 
 class _EpochOrder(Sampler[int]):

@@ -60,6 +60,8 @@ def describe_epoch(record: Mapping[str, Any], epochs: int) -> str:
     parts.append(f"train {record['train_accuracy']:.1%}")
     if "test_accuracy" in record:
         parts.append(f"test {record['test_accuracy']:.1%}")
+    if "test_accuracy_levels" in record:
+        parts.append(f"(levels {' '.join(f'{value:.1%}' for value in record['test_accuracy_levels'])})")
     if "test_accuracy_unmasked" in record:
         parts.append(f"(all weights {record['test_accuracy_unmasked']:.1%})")
     parts.append(f"{record['samples_per_second']:.0f} seq/s  {record['seconds']:.1f} s")

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,19 @@ from torch import nn
 
 from .. import checkpoint
 from ..backbones import BACKBONES, create_model
-from ..config import PRESETS, SMALL, TrainConfig
+from ..config import PRESETS, SMALL, T, TrainConfig
 from ..data import synthetic
 from ..data.archive import Archive
 from ..data.dataset import SkeletonDataset
 from ..errors import UserError, validating
 from ..kernels import backends
-from ..scores import predict
+from ..scores import Scores, predict
 from ..sparsity import densify, sparsify, summary
 from .checkpoint import load_model
 from .loop import STATE, Trainer
 from .report import Report
 
-__all__ = ["Run", "network", "open_archive", "prepare", "start_from", "test_set"]
+__all__ = ["Run", "network", "open_archive", "prepare", "start_from", "test_set", "times", "write_json", "write_results"]
 
 SYNTHETIC_SEED = 0  # the set is the same for every --seed, so that runs can be compared
 
@@ -49,39 +49,58 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Test, write ``scores.npz``, ``model.safetensors`` and ``result.json``; the content of the last."""
-        config, history, start = self.config, self.trainer.history, time.perf_counter()
-        dataset = test_set(config, self.archive)
+        start = time.perf_counter()
+        dataset = test_set(self.config, self.archive)
         scores = predict(self.model, dataset, dataset.sample_ids, self.trainer.batch_size,
-                         self.trainer.workers, protocol(config, self.archive))
-        seconds = {stage: sum(r["seconds"] for r in history if r["stage"] == stage)
-                   for stage in dict.fromkeys(r["stage"] for r in history)}
-        seconds["evaluation"] = sum(r.get("test_seconds", 0.0) for r in history)
-        seconds["test"] = time.perf_counter() - start
-        tested = [record for record in history if "test_accuracy" in record]
-        best = max(tested, key=lambda record: record["test_accuracy"])
-        kept, metrics = summary(self.model), scores.metrics()
-        scores.save(self.work_dir / "scores.npz")
-        size = checkpoint.save(
-            self.model, self.work_dir / "model.safetensors", label_names=list(self.archive.label_names),
-            protocol=dict(scores.protocol), metrics=metrics, sparsity=config.sparsity, seed=config.seed,
-            mask=mask_of(config))
-        dense = checkpoint.dense_bytes(self.model)
-        result = {
-            "test": {**metrics, "samples": len(scores.label), "protocol": dict(scores.protocol)},
-            "one_clip": {"last": tested[-1]["test_accuracy"], "best": best["test_accuracy"],
-                         "best_epoch": best["epoch"], "best_is_chosen_on": "the test split"},
-            "weights": {"maskable": kept.maskable, "maskable_kept": kept.kept, "all": kept.parameters,
-                        "all_kept": kept.kept_parameters, "maskable_kept_fraction": kept.kept_fraction,
-                        "all_kept_fraction": kept.kept_parameters_fraction},
-            "file": {"bytes": size, "dense_bytes": dense, "times_smaller": dense / size},
-            "seconds": seconds,
-            "environment": environment(self.trainer.device),
-            "config": config.to_dict(),
-            "history": history,
-        }
-        text = json.dumps(result, indent=1) + "\n"
-        checkpoint.write_atomically(self.work_dir / "result.json", text.encode())
-        return result
+                         self.trainer.workers, protocol(self.config, self.archive))
+        seconds = {**times(self.trainer.history), "test": time.perf_counter() - start}
+        return write_results(self.work_dir, self.config, self.archive, self.model, scores, self.trainer.history, seconds)
+
+
+def write_results(work_dir: Path, config: TrainConfig, archive: Archive, model: nn.Module, scores: Scores,
+                  history: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Write ``scores.npz``, ``model.safetensors`` and ``result.json`` of a trained network; the content of the last.
+
+    Args:
+        scores: of all test clips.
+        history: see ``loop.Trainer``.
+        seconds: of each stage, evaluation and test.
+    """
+    tested = [record for record in history if "test_accuracy" in record]
+    best = max(tested, key=lambda record: record["test_accuracy"])
+    kept, metrics = summary(model), scores.metrics()
+    scores.save(work_dir / "scores.npz")
+    size = checkpoint.save(
+        model, work_dir / "model.safetensors", label_names=list(archive.label_names), protocol=dict(scores.protocol),
+        metrics=metrics, sparsity=config.sparsity, seed=config.seed, mask=mask_of(config))
+    dense = checkpoint.dense_bytes(model)
+    result = {
+        "test": {**metrics, "samples": len(scores.label), "protocol": dict(scores.protocol)},
+        "one_clip": {"last": tested[-1]["test_accuracy"], "best": best["test_accuracy"],
+                     "best_epoch": best["epoch"], "best_is_chosen_on": "the test split"},
+        "weights": {"maskable": kept.maskable, "maskable_kept": kept.kept, "all": kept.parameters,
+                    "all_kept": kept.kept_parameters, "maskable_kept_fraction": kept.kept_fraction,
+                    "all_kept_fraction": kept.kept_parameters_fraction},
+        "file": {"bytes": size, "dense_bytes": dense, "times_smaller": dense / size},
+        "seconds": dict(seconds),
+        "environment": environment(torch.device(config.device or "cpu")),
+        "config": config.to_dict(),
+        "history": list(history),
+    }
+    write_json(work_dir / "result.json", result)
+    return result
+
+
+def times(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of each stage and of the evaluations between epochs."""
+    seconds = {stage: sum(r["seconds"] for r in history if r["stage"] == stage)
+               for stage in dict.fromkeys(r["stage"] for r in history)}
+    return {**seconds, "evaluation": sum(r.get("test_seconds", 0.0) for r in history)}
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content``, the whole file at once."""
+    checkpoint.write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def prepare(config: TrainConfig, report: Report | None = None) -> Run:
@@ -146,7 +165,7 @@ def open_archive(config: TrainConfig) -> Archive:
     return archive.with_split(config.split) if config.fold is None else archive.fold(config.fold)
 
 
-def resolve(config: TrainConfig, archive: Archive) -> TrainConfig:
+def resolve(config: T, archive: Archive) -> T:
     """The configuration with every value that depends on the data or on the machine filled in."""
     size = int(archive.train.sum())
     preset = "synthetic" if config.data is None else "small" if size < SMALL else "large"
@@ -230,9 +249,9 @@ def set_up_torch(config: TrainConfig) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def new_work_dir(config: TrainConfig, archive: Archive) -> Path:
-    """runs/BACKBONE-DATA-STREAM-SPARSITY, with a number where that exists."""
-    name = f"{config.backbone}-{archive.name}-{config.stream}-{config.sparsity:g}"
+def new_work_dir(config: TrainConfig, archive: Archive, what: str | None = None) -> Path:
+    """runs/BACKBONE-DATA-STREAM-WHAT, with a number where that exists; ``what`` is the sparsity by default."""
+    name = f"{config.backbone}-{archive.name}-{config.stream}-{what or f'{config.sparsity:g}'}"
     path, number = Path("runs") / name, 1
     while path.exists():
         number += 1

@@ -1,0 +1,155 @@
+"""One run of several levels from its configuration: what is checked and built first, and what is reported last."""
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import checkpoint, masks
+from ..config import TrainConfig
+from ..data.archive import Archive
+from ..ensemble import describe
+from ..errors import UserError, validating
+from ..scores import predict_all
+from ..sparsity import mask_layers, maskable_convs, summary
+from . import run
+from .checkpoint import load_network
+from .levels import Levels
+from .loop import STATE
+from .multilevel import MultiLevelTrainer
+from .report import Report
+
+if TYPE_CHECKING:
+    from ..multilevel import MultiLevelConfig
+
+__all__ = ["FILE", "MultiLevelRun", "prepare"]
+
+FILE = "ensemble.safetensors"
+
+
+@dataclass
+class MultiLevelRun:
+    """A run that is ready to train: everything in it has been checked."""
+
+    config: MultiLevelConfig
+    archive: Archive
+    trainer: MultiLevelTrainer
+    work_dir: Path
+
+    def fit(self) -> None:
+        """Train the epochs that are left."""
+        self.trainer.fit()
+
+    def finish(self) -> dict[str, Any]:
+        """Test every level and all together, and write the files of the work directory.
+
+        These are ``ensemble.safetensors`` (all levels, their common weights once), ``scores.npz`` and ``result.json`` of
+        the levels as an ensemble, and for every level a directory, ``0.6`` for example, with what ``train`` writes. The
+        seconds are those of the training of all levels, everywhere.
+
+        Returns:
+            The content of ``result.json``.
+        """
+        config, trainer, levels, start = self.config, self.trainer, self.trainer.levels, time.perf_counter()
+        if levels is None:
+            raise ValueError("Expected a run whose levels have been trained. Got one in its warm-up; call fit.")
+        own = [level_config(config, level, self.work_dir) for level in config.sorted_levels]
+        dataset = run.test_set(config, self.archive)
+        scores = predict_all(list(levels.members), dataset, dataset.sample_ids, trainer.batch_size, trainer.workers,
+                             [run.protocol(c, self.archive) for c in own])
+        seconds = {**run.times(trainer.history), "test": time.perf_counter() - start}
+        for index, (level, network, of_level) in enumerate(zip(own, levels.members, scores, strict=True)):
+            folder = Path(str(level.work_dir))
+            folder.mkdir(exist_ok=True)
+            run.write_results(folder, level, self.archive, network, of_level, level_history(trainer.history, index), seconds)
+            level.write(folder / "config.yaml")
+        names = [f"{level:g}" for level in config.sorted_levels]
+        result, together = describe(levels, scores, names)
+        together.save(self.work_dir / "scores.npz")
+        size = checkpoint.save(levels, self.work_dir / FILE, label_names=list(self.archive.label_names), members=names,
+                               protocol=dict(together.protocol), metrics=together.metrics())
+        stored, dense = levels.stored_parameters(), checkpoint.dense_bytes(levels.widest)
+        kept = summary(levels.widest)
+        result["weights"] |= {"maskable_kept": kept.kept, "maskable_kept_fraction": kept.kept_fraction, "all_kept": stored,
+                              "all_kept_fraction": stored / kept.parameters}
+        result |= {"file": {"bytes": size, "dense_bytes": dense, "times_smaller": dense / size}, "seconds": seconds,
+                   "environment": run.environment(torch.device(config.device or "cpu")), "config": config.to_dict(),
+                   "history": trainer.history}
+        run.write_json(self.work_dir / "result.json", result)
+        return result
+
+
+def prepare(config: MultiLevelConfig, report: Report | None = None) -> MultiLevelRun:
+    """Check and build everything that training needs, then create the work directory.
+
+    Raises:
+        UserError: whatever is wrong with the configuration or the data; nothing has been written then.
+    """
+    config.validate()
+    state = None if config.resume is None else Path(config.resume) / STATE
+    resuming = state is not None and state.exists()
+    archive = run.open_archive(config)
+    full = run.resolve(config, archive)
+    train_set = run.dataset(full, archive, "train", train=True)
+    archive.check_classes("train")
+    quick_test = run.test_set(replace(full, eval_clips=1), archive)
+    run.set_up_torch(full)
+    network: Any = run.network(full, archive)
+    with validating():
+        if full.init is not None and not resuming:
+            run.start_from(network, full.init)
+        patterns = masks.draw_levels(mask_layers(network, full.block), full.levels, full.method, full.density, full.scope,
+                                     full.seed)
+        if state is not None and resuming:
+            network = trained(state, network.config, patterns, full)
+        else:
+            for name, conv in maskable_convs(network).items():
+                conv.attach(patterns[full.sparsity][name])
+    work_dir = Path(full.work_dir) if full.work_dir else run.new_work_dir(full, archive, "levels")
+    if config.resume is None:
+        run.create_work_dir(work_dir)
+        full.work_dir = str(work_dir)
+        full.write(work_dir / "config.yaml")
+    trainer = MultiLevelTrainer(full, network, patterns, train_set, quick_test, work_dir, report, full.between,
+                                full.distillation, full.classifier == "own")
+    if resuming:
+        with validating("--resume"):
+            trainer.resume()
+    return MultiLevelRun(full, archive, trainer, work_dir)
+
+
+def trained(state: Path, expected: Mapping[str, Any], patterns: Mapping[float, Any], config: MultiLevelConfig) -> Any:
+    """The network (warm-up) or the levels (later) of a resume file, on the device.
+
+    Raises:
+        UserError: it has another network or other levels.
+    """
+    found = load_network(state).to(config.device)
+    members = list(getattr(found, "members", [found]))
+    if members[0].config != expected or len(members) not in (1, len(patterns)):
+        raise UserError(f"Expected {state} to fit the network of this configuration. Got another network, or other levels.")
+    return Levels(members, config.classifier == "own") if len(members) > 1 else found
+
+
+def level_config(config: MultiLevelConfig, level: float, work_dir: Path) -> TrainConfig:
+    """What a level's own directory says of it."""
+    shared = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
+    own = {"sparsity": level, "work_dir": str(work_dir / f"{level:g}"), "resume": None, "config": None}
+    return TrainConfig(**{**shared, **own})
+
+
+def level_history(history: Sequence[Mapping[str, Any]], index: int) -> list[dict[str, Any]]:
+    """The history of a level: its own test accuracies; in the warm-up there is the widest alone."""
+    own = []
+    for record in history:
+        entry = {key: value for key, value in record.items() if key != "test_accuracy_levels"}
+        if "test_accuracy_levels" in record:
+            entry["test_accuracy"] = record["test_accuracy_levels"][index]
+        elif index > 0:
+            entry.pop("test_accuracy", None)
+        own.append(entry)
+    return own
