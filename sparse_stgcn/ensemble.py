@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from . import plots
+from . import comparison, plots
 from .config import OptionalInt, OptionalStr, TrainConfig
 from .errors import UserError, run, validating
 
 if TYPE_CHECKING:
-    from .recognizer import Ensemble
+    from .data.archive import Archive
+    from .recognizer import Ensemble, Recognizer
     from .scores import Scores
 
 __all__ = ["EnsembleConfig", "main"]
@@ -49,6 +50,10 @@ class EnsembleConfig:
     """CPU threads."""
     workers: OptionalInt = None
     """Processes that load data."""
+    average: bool = False
+    """Also test the mean of the members' weights as one network, its batch norms estimated anew on the training set."""
+    nested: OptionalStr = None
+    """Work directory of sparse_stgcn.multilevel with the same levels, to compare with: writes comparison.md."""
     figure: bool = False
     """Draw confidence.png, the distribution of the largest probability (the paper's Figure 6). Needs matplotlib."""
 
@@ -59,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.figure:
         plots.require()
     configs = members(asked)
+    nested = None if asked.nested is None else comparison.read_nested(asked.nested, configs)
 
     from .checkpoint import load, save, write_atomically
     from .evaluate import check_fit
@@ -85,6 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     together.save(out / "scores.npz")
     result["bytes"] = save(ensemble, out / "ensemble.safetensors", label_names=list(archive.label_names),
                            members=names, protocol=dict(together.protocol), metrics=together.metrics())
+    if asked.average:
+        result["average"], network = averaged(models, config, archive)
+        result["average"]["bytes"] = save(network, out / "average.safetensors", label_names=list(archive.label_names),
+                                          members=names, metrics=result["average"]["test"])
+    if nested is not None:
+        result["comparison"] = comparison.rows(nested, result, asked.work_dirs)
+        write_atomically(out / "comparison.md", comparison.to_markdown(result["comparison"]).encode())
     write_atomically(out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     if asked.figure:
         sure = {"ensemble": result["confidence"], **{m["name"]: m["confidence"] for m in result["members"]}}
@@ -133,6 +146,30 @@ def describe(ensemble: Ensemble, own: Sequence[Scores], names: Sequence[str]) ->
                      "all_kept": k.kept_parameters} for name, s, k in zip(names, own, kept, strict=True)]}, together
 
 
+def averaged(models: Sequence[Recognizer], config: TrainConfig, archive: Archive) -> tuple[dict[str, Any], Recognizer]:
+    """The figures of the mean of the members' weights, and that network."""
+    from torch.optim.swa_utils import update_bn
+    from torch.utils.data import DataLoader
+
+    from .averaging import average
+    from .scores import predict
+    from .sparsity import summary
+    from .sweeps.collect import confidence
+    from .training import run as training
+
+    with validating("--average"):
+        network = average(models)
+    batch_size, workers = config.batch_size or 32, config.workers or 0
+    train_set = training.dataset(config, archive, "train", train=True)
+    shuffled = DataLoader(train_set, batch_size, sampler=train_set.order().tolist(), num_workers=workers)
+    update_bn(shuffled, network, next(network.parameters()).device)
+    scores = predict(network, training.test_set(config, archive), None, batch_size, workers)
+    kept = summary(network)
+    weights = {"maskable_kept": kept.kept, "maskable_kept_fraction": kept.kept_fraction, "all_kept": kept.kept_parameters,
+               "all_kept_fraction": kept.kept_parameters_fraction}
+    return {"test": scores.metrics(), "confidence": confidence(scores), "weights": weights}, network
+
+
 def lines(result: dict[str, Any]) -> list[str]:
     """The report of the command."""
     def row(name: str, part: dict[str, Any]) -> str:
@@ -144,9 +181,10 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"protocol  {test['protocol']['data']}, {test['protocol']['clips']} clips of {test['protocol']['clip_len']} frames, "
         f"{test['samples']} sequences; probabilities averaged over clips and members",
         *(row(member["name"], member) for member in result["members"]), row("ensemble", result),
+        *([row("average", result["average"])] if "average" in result else []),
         f"kept      {weights['maskable_kept_fraction']:.2f} of one network's {weights['maskable']:,} maskable weights, "
         f"{weights['all_kept_fraction']:.2f} of its {weights['all']:,} parameters, in all members together",
-        f"file      {result['bytes'] / 1e3:,.0f} kB"]
+        f"file      {result['bytes'] / 1e3:,.0f} kB", *comparison.lines(result.get("comparison", []))]
 
 
 def names_of(configs: Sequence[TrainConfig], work_dirs: Sequence[str]) -> list[str]:
