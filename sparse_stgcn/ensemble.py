@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     configs = members(asked)
     nested = None if asked.nested is None else comparison.read_nested(asked.nested, configs)
 
+    from .averaging import average
     from .checkpoint import load, save, write_atomically
     from .evaluate import check_fit
     from .recognizer import Ensemble
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for model in models:
             check_fit(model, archive)
         ensemble = Ensemble(models).eval()
+        mean = average(models) if asked.average else None
         out.mkdir(parents=True, exist_ok=True)
     dataset = training.test_set(config, archive)
     own = predict_all(models, dataset, dataset.sample_ids, config.batch_size or 32, config.workers or 0,
@@ -91,9 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     together.save(out / "scores.npz")
     result["bytes"] = save(ensemble, out / "ensemble.safetensors", label_names=list(archive.label_names),
                            members=names, protocol=dict(together.protocol), metrics=together.metrics())
-    if asked.average:
-        result["average"], network = averaged(models, config, archive)
-        result["average"]["bytes"] = save(network, out / "average.safetensors", label_names=list(archive.label_names),
+    if mean is not None:
+        result["average"] = describe_average(mean, config, archive)
+        result["average"]["bytes"] = save(mean, out / "average.safetensors", label_names=list(archive.label_names),
                                           members=names, metrics=result["average"]["test"])
     if nested is not None:
         result["comparison"] = comparison.rows(nested, result, asked.work_dirs)
@@ -146,19 +148,16 @@ def describe(ensemble: Ensemble, own: Sequence[Scores], names: Sequence[str]) ->
                      "all_kept": k.kept_parameters} for name, s, k in zip(names, own, kept, strict=True)]}, together
 
 
-def averaged(models: Sequence[Recognizer], config: TrainConfig, archive: Archive) -> tuple[dict[str, Any], Recognizer]:
-    """The figures of the mean of the members' weights, and that network."""
+def describe_average(network: Recognizer, config: TrainConfig, archive: Archive) -> dict[str, Any]:
+    """The figures of the mean of the members' weights, whose batch norms are estimated anew on the training set."""
     from torch.optim.swa_utils import update_bn
     from torch.utils.data import DataLoader
 
-    from .averaging import average
     from .scores import predict
     from .sparsity import summary
     from .sweeps.collect import confidence
     from .training import run as training
 
-    with validating("--average"):
-        network = average(models)
     batch_size, workers = config.batch_size or 32, config.workers or 0
     train_set = training.dataset(config, archive, "train", train=True)
     shuffled = DataLoader(train_set, batch_size, sampler=train_set.order().tolist(), num_workers=workers)
@@ -167,7 +166,7 @@ def averaged(models: Sequence[Recognizer], config: TrainConfig, archive: Archive
     kept = summary(network)
     weights = {"maskable_kept": kept.kept, "maskable_kept_fraction": kept.kept_fraction, "all_kept": kept.kept_parameters,
                "all_kept_fraction": kept.kept_parameters_fraction}
-    return {"test": scores.metrics(), "confidence": confidence(scores), "weights": weights}, network
+    return {"test": scores.metrics(), "confidence": confidence(scores), "weights": weights}
 
 
 def lines(result: dict[str, Any]) -> list[str]:

@@ -113,6 +113,18 @@ def test_what_cannot_be_compared_is_refused_before_any_work(trained: Path, tmp_p
         assert not out.exists()
 
 
+def test_members_without_a_mean_are_refused_before_any_work(trained: Path, tmp_path: Path,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
+    wide = training.prepare(tiny.config(data=str(trained / "tiny.npz"), base_channels=16, epochs=2, warmup_epochs=1,
+                                        work_dir=str(tmp_path / "wide")))
+    wide.fit()
+    wide.finish()
+    folders = [str(trained / "0.5"), str(tmp_path / "wide")]
+    assert run(ensemble.main, [*folders, "--average", "--out", str(tmp_path / "out")]) == 2
+    assert "Expected models of one architecture" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_points_and_the_winner() -> None:
     row = lambda way, top1, level, seconds: {"way": way, "top1": top1, "levels": {"0.6": level}, "seconds": seconds}
     found = [row("a", 0.9, 0.8, 6.0), row("b", 0.91, 0.78, 10.0), row("c", 0.92, 0.1, 10.0)]

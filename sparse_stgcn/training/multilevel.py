@@ -103,9 +103,9 @@ class MultiLevelTrainer(Trainer):
             losses.append(loss.detach())
         self.optimizer.step()
         self.levels.update()
-        broken = [float(value) for value in losses if not math.isfinite(value)]
-        hits = int((logits.argmax(1) == label).sum())
-        return broken[0] if broken else float(losses[0]), 0.0, hits
+        values = torch.stack(losses).tolist()
+        broken = [value for value in values if not math.isfinite(value)]
+        return (broken or values)[0], 0.0, int((logits.argmax(1) == label).sum())
 
     def _active(self) -> list[int]:
         """The levels of a step besides the widest: some between, from torch's random state, and the sparsest."""
