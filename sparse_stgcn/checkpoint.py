@@ -45,6 +45,8 @@ __all__ = ["dense_bytes", "from_paper", "from_pyskl", "load", "pack", "read_meta
 
 FORMAT = 1
 KEY = "sparse_stgcn"
+# What the contents of a file raise that are not those of a checkpoint, besides ValueError.
+DAMAGED = (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError)
 COUNTER = ".num_batches_tracked"
 
 
@@ -74,7 +76,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
     tensors, description = read_tensors(path)
     try:
         model = _rebuild(tensors, description)
-    except (KeyError, RuntimeError, TypeError) as error:
+    except DAMAGED as error:
         raise ValueError(f"Expected {path} to be a complete checkpoint. Got: {error}.") from error
     return model.to(device).eval()
 
