@@ -47,6 +47,8 @@ __all__ = ["dense_bytes", "from_paper", "from_pyskl", "load", "pack", "read_meta
 
 FORMAT, SHARING = 1, 2  # of files with ``values_of``
 KEY = "sparse_stgcn"
+# What the contents of a file raise that are not those of a checkpoint, besides ValueError.
+DAMAGED = (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError)
 COUNTER = ".num_batches_tracked"
 
 
@@ -76,7 +78,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
     tensors, description = read_tensors(path)
     try:
         model = rebuild(tensors, description)
-    except (KeyError, RuntimeError, TypeError) as error:
+    except DAMAGED as error:
         raise ValueError(f"Expected {path} to be a complete checkpoint. Got: {error}.") from error
     return model.to(device).eval()
 
@@ -144,6 +146,8 @@ def rebuild(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Re
         own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         model = Recognizer.from_config(member["model"])
         if (source := member.get("values_of")) is not None:
+            if source not in range(index):
+                raise ValueError(f"Expected values_of of member {index} to be an earlier one. Got {source!r}.")
             convs = maskable_convs(models[source])
             patterns = _read_patterns(model, own["sparse.live"].numpy(), member)
             own["sparse.values"] = torch.cat([convs[name].weight_oik().detach()[p.mask()] for name, p in patterns.items()])

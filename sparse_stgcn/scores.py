@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from .checkpoint import write_atomically
+from .data.storage import read_npz
 from .metrics import summary
 
 __all__ = ["Scores", "accuracy", "predict", "predict_all"]
@@ -59,12 +59,17 @@ class Scores:
             OSError: the file cannot be read.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                protocol = json.loads(str(file["protocol"]))
-                scores = cls(file["sample"], file["label"], file["probability"], file["logit"], protocol)
-        except (KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
+            content = read_npz(Path(path))
+            protocol = json.loads(str(content["protocol"]))
+            scores = cls(content["sample"], content["label"], content["probability"], content["logit"], protocol)
+        except (KeyError, ValueError, RecursionError) as error:
             raise ValueError(f"Expected {path} to be a score file written by evaluate. "
                              f"Got: {error}.") from error
+        kinds = [array.dtype.kind for array in (scores.sample, scores.label, scores.probability, scores.logit)]
+        if kinds != ["U", "i", "f", "f"] or not isinstance(protocol, dict):
+            raise ValueError(f"Expected {path} to hold sample as text, label as integers, probability and logit as floats, "
+                             f"and protocol as a JSON object. Got arrays of the kinds {', '.join(kinds)} and a "
+                             f"{type(protocol).__name__}.")
         if scores.probability.ndim != 2 or scores.logit.shape != scores.probability.shape \
                 or not scores.label.shape == scores.sample.shape == scores.probability.shape[:1]:
             raise ValueError(f"Expected {path} to hold sample (N,), label (N,), probability and logit (N, "

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -50,6 +50,8 @@ class SweepConfig:
     """Devices that the runs take in turn, e.g. cuda:0 cuda:1. Default: all CUDA devices, or the CPU."""
     only: OptionalStr = None
     """Names of the runs to run, with * and ?, e.g. 'stgcn*seed0'."""
+    again: bool = False
+    """Also run what is recorded in NAME.json but has no work directory here; combinations need the directories."""
     list: bool = False
     """Show the state of every run, and stop."""
     report: bool = False
@@ -66,17 +68,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [r for r in grid.runs if asked.only is None or fnmatch(r.name, asked.only)]
     if not chosen:
         raise UserError(f"Expected --only to match a run of {asked.grid}. Got {asked.only!r}; --list shows their names.")
+    known = recorded(grid, chosen, Path(asked.out))
     if asked.list:
-        print("\n".join(listing(chosen, root)))
+        print("\n".join(listing(chosen, root, known)))
         return 0
     for name, value in (("--jobs", asked.jobs), ("--threads", asked.threads)):
         if value is not None and value < 1:
             raise UserError(f"Expected {name} >= 1. Got {value}.")
     if asked.time_limit is not None and not asked.time_limit > 0:
         raise UserError(f"Expected --time-limit to be minutes above 0. Got {asked.time_limit:g}.")
-    failed = [] if asked.report else train(asked, chosen, root)
+    wanted = [r for r in chosen if asked.again or r.name not in known or (root / r.name).exists()]
+    if len(wanted) < len(chosen):
+        print(f"recorded  {len(chosen) - len(wanted)} of {len(chosen)} runs in {asked.out}; --again runs them here as well")
+    failed = [] if asked.report else train(asked, wanted, root)
     report(grid, root, Path(asked.out))
-    print("\n".join(listing(chosen, root)[-1:]))
+    print("\n".join(listing(chosen, root, known)[-1:]))
     if failed:
         raise TrainingError(f"Expected all runs to succeed. Got {len(failed)} that failed, {failed[0].name} first; see "
                             f"{root / failed[0].name / 'train.log'}, mend it, and call the sweep again.")
@@ -101,6 +107,15 @@ def train(asked: SweepConfig, chosen: Sequence[Run], root: Path) -> list[Run]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return runner.drive(chosen, machine, None if asked.time_limit is None else 60 * asked.time_limit)
+
+
+def recorded(grid: Grid, runs: Sequence[Run], out: Path) -> dict[str, Entry]:
+    """Name -> entry of the runs that the results hold already, wherever they were trained."""
+    from .sweeps import collect
+
+    entries = collect.read(out / f"{grid.name}.json")
+    found = {run.name: collect.recorded(run, entries) for run in runs}
+    return {name: entry for name, entry in found.items() if entry is not None}
 
 
 def report(grid: Grid, root: Path, out: Path) -> None:
@@ -135,11 +150,14 @@ def confidence_table(entries: Sequence[Entry]) -> str:
                       "| --- | ---: | ---: | ---: |", *rows]) + "\n"
 
 
-def listing(runs: Sequence[Run], root: Path) -> list[str]:
-    """One line per run, and the totals."""
-    from .sweeps.runner import status
+def listing(runs: Sequence[Run], root: Path, known: Mapping[str, Entry]) -> list[str]:
+    """One line per run, and the totals; ``known`` are the entries of runs that the results hold."""
+    from .sweeps.runner import Status, status
 
-    found: Mapping[str, Any] = {r.name: status(r, root) for r in runs}
+    found: dict[str, Status] = {r.name: status(r, root) for r in runs}
+    for name, entry in known.items():
+        if found[name].state == "missing":
+            found[name] = Status("recorded", top1=entry["test"]["top1"])
     width = max(len(name) for name in found)
     lines = []
     for name, now in found.items():
@@ -148,7 +166,7 @@ def listing(runs: Sequence[Run], root: Path) -> list[str]:
         error = now.error.splitlines()[-1] if now.error else ""
         lines.append(f"{now.state:<9} {name:<{width}}  {detail}  {error}".rstrip())
     states = [now.state for now in found.values()]
-    order = ("finished", "running", "stopped", "failed", "missing")
+    order = ("finished", "recorded", "running", "stopped", "failed", "missing")
     return [*lines, "runs      " + ", ".join(f"{states.count(s)} {s}" for s in order if s in states) + f" of {len(states)}"]
 
 

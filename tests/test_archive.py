@@ -357,3 +357,10 @@ def test_large_archive_stays_on_disk(tmp_path: Path) -> None:
     released, kept, peak = map(int, out.stdout.split())
     read = 160 * frames // count * 600 >> 20
     assert released < read / 3 < kept and peak < 1000, out.stdout
+
+
+def test_text_beyond_unicode_is_damage(tmp_path: Path) -> None:
+    names = np.array(JOINTS)
+    names.view(np.uint32)[3] = 0x110000
+    with pytest.raises(UserError, match="beyond Unicode"):
+        Archive.open(npz(tmp_path / "a.npz", joint_names=names))

@@ -93,6 +93,15 @@ def test_any_order_of_axes(tmp_path_factory: pytest.TempPathFactory, order: str,
     assert a.is_2d == flat
 
 
+@pytest.mark.parametrize("name", ["../secret.npy", "/secret.npy", "a/../../secret.npy", "."])
+def test_a_list_reads_nothing_above_its_folder(tmp_path: Path, name: str) -> None:
+    np.save(tmp_path / "secret.npy", sequence(0))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "set.json").write_text(json.dumps({"layout": LAYOUT, "sequences": [{"file": name, "label": 0}]}))
+    with pytest.raises(UserError, match="below its folder" if name != "." else "Got"):
+        ArraysSource(tmp_path / "in" / "set.json").record(0)
+
+
 def test_third_channel_as_score(tmp_path: Path) -> None:
     tree(tmp_path / "mine")
     a = write_archive(ArraysSource(tmp_path / "mine", LAYOUT, score_channel=True), tmp_path / "out")

@@ -232,6 +232,17 @@ def test_a_sweep_trains_combines_tabulates_and_draws(tmp_path, monkeypatch, caps
     assert run(sweep.main, ["small.yaml", "--report", "--runs", "elsewhere"]) == 0
     assert Path("results/small.md").read_text() == before
     assert collect.read(tmp_path / "results" / "small.json") == entries
+    # And they are not trained again elsewhere, but for what the grid asks in another way by now.
+    capsys.readouterr()
+    assert run(sweep.main, ["small.yaml", "--runs", "elsewhere"]) == 0
+    assert "recorded  2 of 2 runs" in capsys.readouterr().out and not list(Path("elsewhere").iterdir())
+    grid(tmp_path / "small.yaml", runs=[{"sparsity": [0.5, 0.8]}, {"sparsity": 0.8, "lr": 0.02}])
+    assert run(sweep.main, ["small.yaml", "--list", "--runs", "elsewhere"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "runs      2 recorded, 1 missing of 3"
+    content = (tmp_path / "small.yaml").read_text().replace("epochs: 2", "epochs: 3")
+    (tmp_path / "small.yaml").write_text(content)
+    assert run(sweep.main, ["small.yaml", "--list", "--runs", "elsewhere"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "runs      3 missing of 3"
 
 
 def test_members_of_a_combination_agree_in_everything_else(tmp_path):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,12 @@ class ArraysSource(Source):
         return content
 
     def _file(self, entry: Mapping[str, Any]) -> Path:
-        return (self.path if self.path.is_dir() else self.path.parent) / str(entry["file"])
+        name = os.path.normpath(str(entry["file"]))
+        # A list of sequences from a stranger must not make us read whatever else lies on this machine.
+        if os.path.isabs(name) or name.split(os.sep)[0] == os.pardir or "\0" in name:
+            raise UserError(f"Expected file of each sequence in '{self.path}' to be a path below its folder. Got {name!r:.80}; "
+                            "move the list above its files.")
+        return (self.path if self.path.is_dir() else self.path.parent) / name
 
     def _sample(self, index: int) -> str:
         entry = self.entries[index]

@@ -49,7 +49,7 @@ def read_directory(path: Path, kind: str, version: int) -> tuple[dict[str, np.nd
     for file in sorted(path.glob("*.npy")):
         mapped = file.stem in ("keypoint", "score")
         try:
-            arrays[file.stem] = np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
+            arrays[file.stem] = plain_text(np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False))
         except DAMAGED as error:
             raise UserError(f"Expected a readable array in '{file}'. Got: {one_line(error)}; convert the data "
                             "again.") from error
@@ -115,7 +115,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
                 if mapped is None:
                     with archive.open(member) as stream:
                         mapped = np.lib.format.read_array(stream, allow_pickle=False)
-                arrays[key] = mapped
+                arrays[key] = plain_text(mapped)
     except DAMAGED as error:
         at = f", key {key!r}" if key else ""
         raise UserError(f"Expected data to be a complete .npz file of plain arrays. Got '{path}'{at}: "
@@ -139,6 +139,22 @@ def _map_member(path: Path, member: zipfile.ZipInfo) -> np.ndarray | None:
         if dtype.hasobject or dtype.itemsize * int(np.prod(shape, dtype=object)) != member.file_size - (offset - begin):
             raise ValueError("the header does not fit the size of the array")
     return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
+
+
+def plain_text(array: np.ndarray) -> np.ndarray:
+    """The array, if it is no text or text made of Unicode characters.
+
+    NumPy checks neither when it reads; a code point beyond Unicode makes Python itself fail, wherever it is used first.
+
+    Raises:
+        ValueError: it has other code points.
+    """
+    if array.dtype.kind != "U" or not array.size or not array.dtype.itemsize:
+        return array
+    points = np.ascontiguousarray(array).view(np.dtype("u4").newbyteorder(array.dtype.byteorder))
+    if points.max() > 0x10FFFF:
+        raise ValueError("text with code points beyond Unicode")
+    return array
 
 
 def one_line(error: BaseException) -> str:

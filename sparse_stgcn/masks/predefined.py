@@ -1,7 +1,6 @@
 """Masks from a file: a checkpoint of this package, the work directory of a run, or an .npz of bool arrays."""
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -37,11 +36,12 @@ def read(path: str | Path, layers: Sequence[Layer]) -> list[np.ndarray]:
 
 
 def _arrays(path: Path) -> Mapping[str, np.ndarray]:
+    from ..data.storage import read_npz
+
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file.items())
-    except (ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"Expected {path} to be an .npz of bool masks. Got: {error}.") from error
+        return read_npz(path)
+    except ValueError as error:
+        raise ValueError(f"Expected {path} to be an .npz of bool masks. Got: {error}") from error
 
 
 def _patterns(path: Path) -> Mapping[str, np.ndarray]:

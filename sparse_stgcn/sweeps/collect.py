@@ -21,7 +21,7 @@ from ..scores import Scores
 from .grid import DENSE_ANYWAY, Combine, Grid, Run
 from .runner import status
 
-__all__ = ["Entry", "collect", "confidence", "matches", "read", "write"]
+__all__ = ["Entry", "collect", "confidence", "matches", "read", "recorded", "write"]
 
 Entry = dict[str, Any]
 FORMAT = 1
@@ -53,6 +53,14 @@ def matches(entry: Entry, wanted: Mapping[str, Any]) -> bool:
     config = entry["config"]
     dense = config["sparsity"] == 0
     return all(config[key] == value or (dense and key in DENSE_ANYWAY) for key, value in wanted.items())
+
+
+def recorded(run: Run, entries: Sequence[Entry]) -> Entry | None:
+    """The entry of a run that was finished here or elsewhere, if its options are still those of the grid."""
+    wanted = {key: value for key, value in run.config.to_dict().items()
+              if value is not None and key not in (*_LEFT_OUT, "data")}
+    return next((e for e in entries if e["name"] == run.name and "members" not in e
+                 and all(e["config"].get(key) == value for key, value in wanted.items())), None)
 
 
 def confidence(scores: Scores) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from ..fusion import parse_weights
 
 __all__ = ["DENSE_ANYWAY", "Combine", "Grid", "Run", "Table"]
 
-PARTS = ("train", "runs", "combine", "tables", "figures")
+# The parts of a file, and what stands for one that is left empty.
+PARTS: Mapping[str, Any] = {"train": {}, "runs": [], "combine": [], "tables": {}, "figures": {}}
 FIGURES = {"lines": {"x", "lines"}, "curves": {"lines"}, "violins": {"over"}}
 # What a dense run does not depend on, so that one dense run serves all values of these keys.
 DENSE_ANYWAY = ("block", "method", "density", "scope", "lasso", "lasso_schedule", "lasso_step", "lasso_group",
@@ -97,8 +98,9 @@ class Grid:
             raise UserError(f"Expected {path} to be YAML. Got: {error}.") from error
         if not isinstance(content, Mapping) or not content.get("runs"):
             raise UserError(f"Expected {path} to have a list 'runs' with at least one entry. Got none.")
-        for part in content:
-            one_of(f"each part of {path}", part, PARTS)
+        for part, value in content.items():
+            one_of(f"each part of {path}", part, list(PARTS))
+            _a(list if part in ("runs", "combine") else Mapping, value or PARTS[part], f"'{part}'", path)
         runs = tuple(_unique(_expand(content.get("train") or {}, content["runs"], path)))
         combine = tuple(_combine(entry, runs, path) for entry in content.get("combine") or ())
         tables = tuple(_table(name, entry, path) for name, entry in (content.get("tables") or {}).items())
@@ -111,8 +113,7 @@ class Grid:
 def _expand(common: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], path: Path) -> Iterator[Run]:
     """One run for every combination of the listed values of every entry, in the order of the file."""
     for entry in entries:
-        if not isinstance(entry, Mapping):
-            raise UserError(f"Expected each entry of 'runs' in {path} to be 'key: value or list'. Got {entry!r}.")
+        _a(Mapping, entry, "each entry of 'runs'", path)
         for key in (*common, *entry):
             if key in _SET_ELSEWHERE:
                 raise UserError(f"Expected {path} without {key}, which the sweep sets. Remove it.")
@@ -158,6 +159,7 @@ def _label(key: str, value: Any) -> str:
 def _combine(entry: Mapping[str, Any], runs: Sequence[Run], path: Path) -> Combine:
     given = _keys(entry, "combine", {"name", "over", "values"}, {"weights"}, path)
     over = _option(given["over"], path)
+    _a(list, given["values"], "values of 'combine'", path)
     values = tuple(getattr(TrainConfig.from_mapping({over: value}, path), over) for value in given["values"])
     known = {getattr(run.config, over) for run in runs}
     if missing := [value for value in values if value not in known]:
@@ -168,8 +170,9 @@ def _combine(entry: Mapping[str, Any], runs: Sequence[Run], path: Path) -> Combi
 
 def _table(name: str, entry: Mapping[str, Any], path: Path) -> Table:
     given = _keys(entry, "tables", {"rows", "columns"}, {"average", "metric", "where"}, path)
-    rows, average = (tuple([v] if isinstance(v, str) else v) for v in (given["rows"], given.get("average", Table.average)))
-    for key in (*rows, given["columns"], *average, *given.get("where", {})):
+    rows, average = (tuple(_a(list, [v] if isinstance(v, str) else v, f"rows and average of {name}", path))
+                     for v in (given["rows"], given.get("average", list(Table.average))))
+    for key in (*rows, given["columns"], *average, *_a(Mapping, given.get("where") or {}, f"where of {name}", path)):
         _option(key, path)
     metric = given.get("metric", "top1")
     one_of(f"metric in {path}", metric, ("top1", "top5", "mean_class"))
@@ -180,8 +183,17 @@ def _check_figure(name: str, figure: Mapping[str, Any], path: Path) -> None:
     kind = figure.get("kind") if isinstance(figure, Mapping) else None
     one_of(f"kind of figure {name} in {path}", kind, tuple(FIGURES))
     _keys(figure, f"figure {name}", {"kind", *FIGURES[str(kind)]}, {"where", "names", "title"}, path)
-    for key in (*(figure[k] for k in FIGURES[str(kind)]), *figure.get("where", {})):
+    for part in ("where", "names"):
+        _a(Mapping, figure.get(part) or {}, f"{part} of {name}", path)
+    for key in (*(figure[k] for k in FIGURES[str(kind)]), *(figure.get("where") or {})):
         _option(key, path)
+
+
+def _a(kind: type, value: Any, what: str, path: Path) -> Any:
+    if not isinstance(value, kind):
+        wanted = "a list" if kind is list else "keys with values"
+        raise UserError(f"Expected {what} in {path} to be {wanted}. Got {value!r:.80}.")
+    return value
 
 
 def _keys(entry: Any, where: str, needed: set[str], optional: set[str], path: Path) -> Mapping[str, Any]:

@@ -69,7 +69,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Status:
-    """State of a run: finished, running, failed (with its last words), stopped or missing; and its epochs."""
+    """State of a run: finished, recorded (elsewhere), running, failed (with its last words), stopped or missing; its epochs."""
 
     state: str
     done: int = 0

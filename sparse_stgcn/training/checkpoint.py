@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import pack, read_tensors, rebuild, unpack, write_tensors
+from ..checkpoint import DAMAGED, pack, read_tensors, rebuild, unpack, write_tensors
 from ..recognizer import Ensemble, Recognizer
 
 __all__ = ["load_model", "load_network", "load_state", "save_state"]
@@ -46,7 +46,7 @@ def load_model(path: Path, model: nn.Module) -> None:
     tensors, description = _read(path)
     try:
         unpack(model, tensors, description)
-    except (KeyError, RuntimeError) as error:
+    except DAMAGED as error:
         raise ValueError(f"Expected {path} to fit the network of this configuration. "
                          f"Got: {error}.") from error
 
@@ -61,7 +61,7 @@ def load_network(path: Path) -> Recognizer | Ensemble:
     tensors, description = _read(path)
     try:
         return rebuild(tensors, description)
-    except (KeyError, RuntimeError, TypeError) as error:
+    except DAMAGED as error:
         raise ValueError(f"Expected {path} to be a complete resume file. Got: {error}.") from error
 
 
@@ -74,19 +74,23 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         (epoch, history): the next epoch, from 0, and the records of those before it.
     """
     tensors, description = read_tensors(path)
-    parameters = dict(model.named_parameters())
-    for entry, value in tensors.items():
-        if entry.startswith("optimizer."):
-            _, key, name = entry.split(".", 2)
-            # A step count is a scalar that torch keeps on the CPU.
-            on_device = value.to(parameters[name].device) if value.ndim else value
-            optimizer.state[parameters[name]][key] = on_device
-    torch.set_rng_state(tensors["random.cpu"])
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            if (state := tensors.get(f"random.cuda.{index}")) is not None:
-                torch.cuda.set_rng_state(state, index)
-    return int(description["epoch"]), list(description["history"])
+    try:
+        epoch, history = int(description["epoch"]), [dict(record) for record in description["history"]]
+        parameters = dict(model.named_parameters())
+        for entry, value in tensors.items():
+            if entry.startswith("optimizer."):
+                _, key, name = entry.split(".", 2)
+                # A step count is a scalar that torch keeps on the CPU.
+                on_device = value.to(parameters[name].device) if value.ndim else value
+                optimizer.state[parameters[name]][key] = on_device
+        torch.set_rng_state(tensors["random.cpu"])
+        if torch.cuda.is_available():
+            for index in range(torch.cuda.device_count()):
+                if (state := tensors.get(f"random.cuda.{index}")) is not None:
+                    torch.cuda.set_rng_state(state, index)
+    except DAMAGED as error:
+        raise ValueError(f"Expected {path} to be the resume file of a run. Got one whose parts do not fit: {error}.") from error
+    return epoch, history
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
