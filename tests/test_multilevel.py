@@ -62,7 +62,7 @@ def test_positions_of_blocks_among_those_of_a_wider_pattern() -> None:
 
 @pytest.mark.parametrize("name", ["stgcn", "aagcn", "ctrgcn", "dgstgcn"])
 def test_a_level_is_the_widest_network_with_more_masked(name: str) -> None:
-    together, (keypoint, _) = nested(name), batch()
+    together, (keypoint, _) = nested(name, levels=LEVELS if name == "stgcn" else LEVELS[1:3]), batch()
     with torch.no_grad():
         for member in together.members:
             reference = densify(copy.deepcopy(together.widest), forget=True)
@@ -201,6 +201,15 @@ def test_members_with_values_of_their_own_keep_them(tmp_path: Path) -> None:
     assert checkpoint.read_metadata(tmp_path / "apart.safetensors")["format"] == 1
 
 
+@pytest.mark.parametrize("source", [1, -1, 7, "0"])
+def test_values_of_a_member_that_is_not_earlier_are_refused(source: object, tmp_path: Path) -> None:
+    tensors, description = checkpoint.pack(nested(levels=(0.5, 0.9)))
+    description["members"][1]["values_of"] = source
+    checkpoint.write_tensors(tmp_path / "e.safetensors", tensors, description)
+    with pytest.raises(ValueError, match="Expected values_of of member 1 to be an earlier one"):
+        checkpoint.load(tmp_path / "e.safetensors")
+
+
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 def config(folder: Path, **changed: object) -> MultiLevelConfig:
@@ -223,18 +232,23 @@ def everything(job: MultiLevelRun) -> dict[str, object]:
     return {"state": levels.state_dict(), "momentum": momentum, "history": history, "random": torch.get_rng_state()}
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    job = start(tmp_path_factory.mktemp("whole"), "whole", distillation=0.5)
+    job.fit()
+    return everything(job)
+
+
 # Interrupted in the warm-up, at the switch, in the first epoch of the levels, and in the last.
 @pytest.mark.parametrize("after", [STEPS + 1, 2 * STEPS + 1, 3 * STEPS + 1])
-def test_interrupted_and_resumed_equals_whole(after: int, tmp_path: Path) -> None:
-    whole = start(tmp_path, "whole", distillation=0.5)
-    whole.fit()
+def test_interrupted_and_resumed_equals_whole(after: int, whole: dict[str, object], tmp_path: Path) -> None:
     job = start(tmp_path, "cut", after, distillation=0.5)
     with pytest.raises(KeyboardInterrupt):
         job.fit()
     torch.rand(7)
     job = prepare(parse_as(MultiLevelConfig, ["--resume", str(tmp_path / "cut")]), Stopping(None))
     job.fit()
-    assert_equal(everything(job), everything(whole))
+    assert_equal(everything(job), whole)
 
 
 def test_a_run_leaves_an_ensemble_and_ordinary_levels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
