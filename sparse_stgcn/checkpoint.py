@@ -1,26 +1,25 @@
-"""Checkpoints: one safetensors file with JSON metadata, live weights only.
+"""Checkpoints: one safetensors file with JSON metadata, live weights only. ``docs/format.md`` describes it for other readers.
 
-Layout of the file. Parameters and buffers stand under their state-dict names, floating point as float32,
-except the weights of sparse convolutions. For all of these together, one after another in the order of the
-network, there are
+Parameters and buffers stand under their state-dict names, except the weights of sparse convolutions. For all of these
+together, one after another in the order of the network, there are
 
-    sparse.live     uint8: the bits of ``pattern.blocks()`` (G, H, K) in row-major order, eight to a byte,
-                    first block in the highest bit; every convolution begins a new byte
-    sparse.values   float32: the kept weights in row-major order of (O, I, K)
+    sparse.values   the kept weights in row-major order of (O, I, K)
+    sparse.live or sparse.gaps, or neither: their patterns, see ``pattern_coding``
 
-so that nothing in the file depends on how the kernels lay weights out. A convolution that is still in the
-warm-up has its dense ``NAME.weight`` instead of a part of ``sparse.values``. Equal buffers (the graph, in
-every block) are stored once.
+so that nothing in the file depends on how the kernels lay weights out. A convolution that is still in the warm-up has its
+dense ``NAME.weight`` instead of a part of ``sparse.values``. Equal buffers (the graph, in every block) are stored once.
+Floating point is float32; with ``dtype="float16"`` weights of two or more dimensions and ``sparse.values`` are float16, and
+vectors (norms, biases, statistics) stay float32.
 
 An ensemble is such a file of several networks: the tensors of member i begin with ``members.i.``, a tensor that an earlier
 member has, too, is stored once (``same_as`` of the file), and the metadata has the list ``members``. A compact member
 whose kept weights are all among those of an earlier member, at the same places, has no ``sparse.values`` but the
-earlier member's number as ``values_of``; such a file has format 2, every other one format 1.
+earlier member's number as ``values_of``.
 
-The metadata has one key, ``sparse_stgcn``, with JSON text: ``format``, ``version``, ``model`` (what rebuilds
-the network), ``sparse`` (groups of convolutions with the same block and stage), ``pattern`` (SHA-256 of all
-pattern digests), ``batches`` (``num_batches_tracked`` of every batch norm), ``same_as`` (buffer -> the buffer
-that it equals) and ``meta`` (what the caller of :func:`save` added).
+The metadata has one key, ``sparse_stgcn``, with JSON text: ``format``, ``version``, ``model`` (what rebuilds the network),
+``dtype``, ``sparse`` (groups of convolutions with the same block and stage), ``coding`` and ``recipe`` of the patterns,
+``pattern`` (SHA-256 of all pattern digests), ``batches`` (``num_batches_tracked`` of every batch norm), ``same_as`` (buffer ->
+the buffer that it equals) and ``meta`` (what the caller of :func:`save` added).
 """
 from __future__ import annotations
 
@@ -28,31 +27,37 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .checkpoint_pyskl import from_paper, from_pyskl, to_pyskl
 from .kernels import BlockPattern
+from .masks import Layer
+from .pattern_coding import GAPS, LIVE, Recipe, decode, encode
 from .recognizer import Ensemble, Recognizer
-from .sparsity import maskable_convs
+from .sparsity import mask_layers, maskable_convs, parse_block
 
 __all__ = ["dense_bytes", "from_paper", "from_pyskl", "load", "pack", "read_metadata", "read_tensors",
            "rebuild", "save", "to_pyskl", "unpack", "write_atomically", "write_tensors"]
 
-FORMAT, SHARING = 1, 2  # of files with ``values_of``
+FORMAT = 2
+READABLE = (1, 2)  # format 1 had float32 and the coding bitmask only, and no values_of
 KEY = "sparse_stgcn"
 # What the contents of a file raise that are not those of a checkpoint, besides ValueError.
 DAMAGED = (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError)
-COUNTER = ".num_batches_tracked"
+COUNTER, VALUES = ".num_batches_tracked", "sparse.values"
+
+Dtype = Literal["float32", "float16"]
+Coding = Literal["seed", "bitmask", "index"]
 
 
-def save(model: nn.Module, path: str | Path, **meta: Any) -> int:
+def save(model: nn.Module, path: str | Path, *, dtype: Dtype = "float32", coding: Coding | None = None, **meta: Any) -> int:
     """Write ``model`` to ``path`` and return the size of the file in bytes.
 
     The file is written under a temporary name in the same directory, flushed to the disk and renamed, so that
@@ -61,10 +66,30 @@ def save(model: nn.Module, path: str | Path, **meta: Any) -> int:
     Args:
         model: a ``Recognizer`` at any stage (dense, warm-up or compact), or an ``Ensemble`` of such.
         path: the file; its directory must exist.
+        dtype: of the weights in the file: ``float32`` keeps every bit, ``float16`` rounds to half of the size, with a
+            relative error of at most 2^-11 for each weight. What is loaded computes in float32 again.
+        coding: of the patterns. None: the smallest, which for masks that ``sparsify`` drew is their ``seed``. They are then
+            drawn again by :func:`load`, and checked against their digest. ``bitmask`` and ``index`` hold the masks themselves,
+            and need neither this package's methods nor numpy's random numbers to be read.
         **meta: anything that JSON can hold: label names, metrics, protocol ...; :func:`read_metadata` gives
             it back.
+
+    Example:
+        >>> from sparse_stgcn import compact, create_model, sparsify
+        >>> model = compact(sparsify(create_model("stgcn", num_classes=2), 0.95))
+        >>> save(model, "model.safetensors", dtype="float16", label_names=["drink", "eat"]) < 500_000
+        True
+        >>> read_metadata("model.safetensors")["meta"]
+        {'label_names': ['drink', 'eat']}
+        >>> load("model.safetensors").num_classes
+        2
+
+    Raises:
+        ValueError: ``dtype`` or ``coding`` is unknown or does not fit the model: a weight too large for float16, or patterns
+            that no seed gives.
+        OSError: the directory is missing or full; ``path`` is then as it was.
     """
-    tensors, description = pack(model)
+    tensors, description = pack(model, dtype, coding)
     return write_tensors(path, tensors, {**description, "meta": meta})
 
 
@@ -107,10 +132,12 @@ def dense_bytes(model: nn.Module) -> int:
         + 4 * sum(dense.values())
 
 
-def pack(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def pack(model: nn.Module, dtype: Dtype = "float32", coding: Coding | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, description) of a network or an ensemble, laid out as the module says; tensors are copies on the CPU."""
+    if dtype not in ("float32", "float16"):
+        raise ValueError(f"Expected dtype to be float32 or float16. Got {dtype!r}.")
     if isinstance(model, Ensemble):
-        return _pack_members(list(model.members))
+        return _pack_members(list(model.members), dtype, coding)
     layers = _sparse_layers(model)
     compact = {name for name, conv, _ in layers if conv.stage == "compact"}
     tensors = {k: _stored(t) for k, t in model.state_dict().items() if _layer_of(k) not in compact}
@@ -119,18 +146,20 @@ def pack(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, conv, pattern in layers:
         groups.setdefault((pattern.block, conv.stage), []).append(name)
+    coded: dict[str, Any] = {}
     if layers:
-        live = [np.packbits(pattern.blocks().numpy()) for _, _, pattern in layers]
+        patterns = {name: pattern for name, _, pattern in layers}
+        own, coded = encode(patterns, _layers(model, {name: p.block for name, p in patterns.items()}),
+                            getattr(model, "mask_recipe", None), coding)
         values = [pattern.scatter(conv.values.detach().cpu())[pattern.mask()]
                   for _, conv, pattern in layers if conv.stage == "compact"]
-        tensors["sparse.live"] = torch.from_numpy(np.concatenate(live))
-        tensors["sparse.values"] = _stored(torch.cat(values)) if values else torch.zeros(0)
+        tensors |= own | {VALUES: _stored(torch.cat(values)) if values else torch.zeros(0)}
     from . import __version__
 
-    return tensors, {
-        "format": FORMAT, "version": __version__, "model": model.config,
+    return {name: _rounded(name, t) if dtype == "float16" else t for name, t in tensors.items()}, {
+        "format": FORMAT, "version": __version__, "model": model.config, "dtype": dtype,
         "sparse": [{"block": key[0], "stage": key[1], "layers": names} for key, names in groups.items()],
-        "pattern": _digest([pattern for _, _, pattern in layers]), "batches": batches, "same_as": same_as}
+        **coded, "pattern": _digest([pattern for _, _, pattern in layers]), "batches": batches, "same_as": same_as}
 
 
 def rebuild(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Recognizer | Ensemble:
@@ -149,30 +178,28 @@ def rebuild(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Re
             if source not in range(index):
                 raise ValueError(f"Expected values_of of member {index} to be an earlier one. Got {source!r}.")
             convs = maskable_convs(models[source])
-            patterns = _read_patterns(model, own["sparse.live"].numpy(), member)
-            own["sparse.values"] = torch.cat([convs[name].weight_oik().detach()[p.mask()] for name, p in patterns.items()])
+            patterns = _read_patterns(model, own, member)
+            own[VALUES] = torch.cat([convs[name].weight_oik().detach()[p.mask()] for name, p in patterns.items()])
         unpack(model, own, member)
         models.append(model)
     return Ensemble(models)
 
 
-def _pack_members(models: list[nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _pack_members(models: Sequence[nn.Module], dtype: Dtype, coding: Coding | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     members: list[dict[str, Any]] = []
     repeatable: list[str] = []
     for index, model in enumerate(models):
-        own, description = pack(model)
+        own, description = pack(model, dtype, coding)
         source = next((i for i in range(index) if _holds_values_of(models[i], model)), None)
         if source is not None:
-            del own["sparse.values"]
+            del own[VALUES]
             description["values_of"] = source
         tensors |= {f"members.{index}.{name}": tensor for name, tensor in own.items()}
         repeatable += [f"members.{index}.{name}" for name in own if not name.startswith("sparse.")]
         members.append(description)
     same_as = _drop_repeated(tensors, repeatable)
-    shares = any("values_of" in member for member in members)
-    return tensors, {"format": SHARING if shares else FORMAT, "version": members[0]["version"], "members": members,
-                     "same_as": same_as}
+    return tensors, {"format": FORMAT, "version": members[0]["version"], "members": members, "same_as": same_as}
 
 
 def _holds_values_of(outer: nn.Module, inner: nn.Module) -> bool:
@@ -195,14 +222,15 @@ def unpack(model: nn.Module, tensors: Mapping[str, Tensor], description: Mapping
     Raises:
         ValueError: a tensor is missing or does not fit, or a pattern is not the one that was packed.
     """
-    rest = dict(tensors)
+    rest = {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}
     stages = {name: group["stage"] for group in description["sparse"] for name in group["layers"]}
-    patterns = _read_patterns(model, rest.pop("sparse.live", torch.zeros(0)).numpy(), description)
-    values, convs = rest.pop("sparse.values", torch.zeros(0)), maskable_convs(model)
+    patterns = _read_patterns(model, rest, description)
+    rest = {name: t for name, t in rest.items() if name not in (LIVE, GAPS)}
+    values, convs = rest.pop(VALUES, torch.zeros(0)), maskable_convs(model)
     compact = [name for name in patterns if stages[name] == "compact"]
     expected = sum(patterns[name].num_live for name in compact)
     if tuple(values.shape) != (expected,):
-        raise ValueError(f"Expected sparse.values of shape ({expected},). Got {tuple(values.shape)}.")
+        raise ValueError(f"Expected {VALUES} of shape ({expected},). Got {tuple(values.shape)}.")
     for name, pattern in patterns.items():
         convs[name].attach(pattern)
         if stages[name] == "compact":
@@ -217,6 +245,8 @@ def unpack(model: nn.Module, tensors: Mapping[str, Tensor], description: Mapping
         counters = [name for name, _ in model.named_buffers() if name.endswith(COUNTER)]
         rest |= {name: torch.tensor(description["batches"]) for name in counters}
     model.load_state_dict(rest)
+    if "recipe" in description:
+        model.mask_recipe = Recipe.of(description["recipe"])  # type: ignore[assignment]
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> int:
@@ -268,21 +298,21 @@ def _sparse_layers(model: nn.Module) -> list[tuple[str, Any, BlockPattern]]:
             if conv.pattern is not None]
 
 
-def _read_patterns(model: nn.Module, live: NDArray[np.uint8], description: Mapping[str, Any],
-                   ) -> dict[str, BlockPattern]:
-    """The pattern of every sparse convolution, in the order of the network, from ``sparse.live``."""
-    blocks = {name: tuple(group["block"]) for group in description["sparse"] for name in group["layers"]}
-    patterns: dict[str, BlockPattern] = {}
-    for name, conv in maskable_convs(model).items():
-        if name in blocks:
-            shape, (bo, bi) = conv.shape_oik, blocks[name]
-            grid = -(-shape[0] // bo), -(-shape[1] // bi), shape[2]
-            size = -(-int(np.prod(grid)) // 8)
-            bits, live = np.unpackbits(live[:size], count=int(np.prod(grid))), live[size:]
-            alive = torch.from_numpy(bits.astype(bool).reshape(grid))
-            patterns[name] = BlockPattern.from_blocks(alive, shape, (bo, bi))
-    digest = _digest(list(patterns.values()))
-    if set(patterns) != set(blocks) or len(live) or digest != description["pattern"]:
+def _layers(model: nn.Module, blocks: Mapping[str, tuple[int, int]]) -> list[Layer]:
+    """The convolutions that have a block, in the order of the network."""
+    return [replace(layer, block=blocks[layer.name]) for layer in mask_layers(model, weights=False) if layer.name in blocks]
+
+
+def _read_patterns(model: nn.Module, tensors: Mapping[str, Tensor], description: Mapping[str, Any],
+                   ) -> Mapping[str, BlockPattern]:
+    """The pattern of every sparse convolution, in the order of the network."""
+    blocks = {name: parse_block(group["block"]) for group in description["sparse"] for name in group["layers"]}
+    patterns = decode(tensors, description, _layers(model, blocks)) if blocks else {}
+    if set(patterns) != set(blocks) or _digest(list(patterns.values())) != description["pattern"]:
+        if description.get("coding") == "seed":
+            raise ValueError(f"Expected the recipe {description['recipe']} to give the masks that were saved, by their digest. "
+                             f"Got others with numpy {np.__version__}; load the file with the numpy that wrote it and save it "
+                             "with coding='index'.")
         raise ValueError("Expected the patterns of this network, with the digest that was saved with them. "
                          "Got others; the file is damaged.")
     return patterns
@@ -329,6 +359,17 @@ def _stored(tensor: Tensor) -> Tensor:
     return (tensor.float() if tensor.is_floating_point() else tensor).clone().contiguous()
 
 
+def _rounded(name: str, tensor: Tensor) -> Tensor:
+    """In float16, what is float16 in such a file; vectors carry little of its size, and running variances much of its range."""
+    if tensor.dtype != torch.float32 or (tensor.dim() < 2 and name != VALUES):
+        return tensor
+    half = tensor.half()
+    if bool((half.isinf() & tensor.isfinite()).any()):
+        raise ValueError(f"Expected weights of at most {torch.finfo(torch.float16).max:g} for dtype float16. Got "
+                         f"{float(tensor.abs().max()):g} in {name}; use float32.")
+    return half
+
+
 def _must_exist(path: str | Path) -> None:
     if not Path(path).is_file():
         raise FileNotFoundError(2, "No such checkpoint", str(path))
@@ -345,6 +386,7 @@ def _description(path: str | Path, metadata: Mapping[str, str] | None) -> dict[s
         found = description["format"]
     except (KeyError, TypeError, ValueError):
         raise _foreign(path) from None
-    if found not in (FORMAT, SHARING):
-        raise ValueError(f"Expected {path} in format {FORMAT} or {SHARING}. Got format {found}; update sparse_stgcn.")
+    if found not in READABLE:
+        known = " or ".join(map(str, READABLE))
+        raise ValueError(f"Expected {path} in format {known}. Got format {found}; update sparse_stgcn.")
     return description

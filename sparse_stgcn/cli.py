@@ -22,6 +22,7 @@ VERBS = {
     "fuse": "combine score files of several streams or networks",
     "sweep": "run an experiment of many trainings, and write its tables and figures",
     "info": "parameters and multiply-adds of a network, per block",
+    "export": "write a network for torch.export, ONNX Runtime or a smaller file",
     "convert": "make an archive from other formats",
     "bench": "time a network, sparse against dense engines",
 }

@@ -18,6 +18,10 @@ def top_k_accuracy(scores: ArrayLike, labels: ArrayLike, k: int = 1) -> float:
         scores: (N, classes), any monotone scores: logits or probabilities.
         labels: (N,) integers in [0, classes).
 
+    Example:
+        >>> top_k_accuracy([[0.1, 0.9], [0.8, 0.2]], [1, 1])
+        0.5
+
     Raises:
         ValueError: wrong shapes, N = 0, a score that is NaN, a label out of range, or k < 1.
     """

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from .backbones.base import Backbone
+    from .pattern_coding import Recipe
 
 __all__ = ["Ensemble", "Head", "Recognizer", "mean_probability"]
 
@@ -38,7 +39,10 @@ class Recognizer(nn.Module):
     Attributes:
         config: plain values from which ``Recognizer.from_config`` builds an equal network: name, num_classes,
             layout (a name or ``Skeleton.to_dict``), in_channels, kwargs.
+        mask_recipe: what ``sparsify`` drew the patterns with, where it needs a seed alone; None where it is not known.
     """
+
+    mask_recipe: Recipe | None = None
 
     def __init__(self, backbone: Backbone, num_classes: int, dropout: float = 0.0,
                  config: dict[str, Any] | None = None) -> None:

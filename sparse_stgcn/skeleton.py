@@ -50,6 +50,13 @@ class Skeleton:
         spine: (lower, upper) joints that normalisation turns to +z, or None.
         shoulders: (right, left) joints that normalisation turns to +x, or None.
 
+    Example:
+        >>> arm = Skeleton("arm", ("chest", "shoulder", "elbow", "wrist"), ((1, 0), (2, 1), (3, 2)), root=0)
+        >>> len(arm), arm.bones
+        (4, ((0, 0), (1, 0), (2, 1), (3, 2)))
+        >>> arm.adjacency("stgcn_spatial").shape
+        torch.Size([3, 4, 4])
+
     Raises:
         ValueError: names repeat, an index is out of range, or the edges are not a tree that ends in ``root``.
     """

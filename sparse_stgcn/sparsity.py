@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import masks
 from .layers import SparseConv2d
+from .pattern_coding import Recipe
 
 __all__ = [
     "LayerSummary",
@@ -90,6 +91,12 @@ def sparsify(model: nn.Module, sparsity: float, block: tuple[int, int] | str = (
     Returns:
         The model itself.
 
+    Example:
+        >>> from sparse_stgcn import create_model
+        >>> model = sparsify(create_model("stgcn", num_classes=60), 0.95, block=(8, 1), seed=0)
+        >>> print(summary(compact(model)))
+        152,608 of 3,052,096 maskable weights kept (5.00%), 199,344 of 3,098,832 parameters (6.43%)
+
     Raises:
         ValueError: an argument is out of range, or the model has patterns already.
     """
@@ -102,6 +109,9 @@ def sparsify(model: nn.Module, sparsity: float, block: tuple[int, int] | str = (
     patterns = masks.draw(layers, sparsity, method, density, scope, seed, file)
     for name, conv in convs.items():
         conv.attach(patterns[name])
+    if masks.is_seeded(method) and isinstance(density, str):
+        model.mask_recipe = Recipe(float(sparsity), layers[0].block, method, density, scope,  # type: ignore[assignment]
+                                   int(seed)) if layers else None
     kept, total = sum(p.num_live for p in patterns.values()), sum(p.size for p in patterns.values())
     prescribed = method == "predefined" or not isinstance(density, str)
     if total and kept > 1.1 * (1 - sparsity) * total and not prescribed:
@@ -114,11 +124,14 @@ def sparsify(model: nn.Module, sparsity: float, block: tuple[int, int] | str = (
     return model
 
 
-def mask_layers(model: nn.Module, block: tuple[int, int] | str = (8, 1)) -> list[masks.Layer]:
-    """The maskable weights of ``model`` as the methods of ``masks`` see them, in the order of the network."""
+def mask_layers(model: nn.Module, block: tuple[int, int] | str = (8, 1), weights: bool = True) -> list[masks.Layer]:
+    """The maskable weights of ``model`` as the methods of ``masks`` see them, in the order of the network.
+
+    Without ``weights`` their sizes alone, which is enough for methods that need a seed only.
+    """
     size = parse_block(block)
-    return [masks.Layer(name, conv.shape_oik, size, block_of(name), _array(conv), conv.in_channels * conv.kernel_size)
-            for name, conv in maskable_convs(model).items()]
+    return [masks.Layer(name, conv.shape_oik, size, block_of(name), _array(conv) if weights else None,
+                        conv.in_channels * conv.kernel_size) for name, conv in maskable_convs(model).items()]
 
 
 def compact(model: nn.Module) -> nn.Module:

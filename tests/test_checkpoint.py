@@ -71,7 +71,7 @@ def test_other_backbones(name: str, tmp_path: Path) -> None:
 
 def test_layout_is_as_the_docstring_says(tmp_path: Path) -> None:
     model = compact(tiny.model(0.8))
-    checkpoint.save(model, tmp_path / "m.safetensors")
+    checkpoint.save(model, tmp_path / "m.safetensors", coding="bitmask")
     tensors = load_file(tmp_path / "m.safetensors")
     bits, values = [], []
     for name, conv in maskable_convs(model).items():
@@ -178,7 +178,7 @@ def test_refuses_safetensors_of_others_and_missing_files(tmp_path: Path) -> None
 @pytest.mark.parametrize("damage", ["cut", "drop", "bits", "format"])
 def test_refuses_damaged_files(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    checkpoint.save(compact(tiny.model(0.8)), path)
+    checkpoint.save(compact(tiny.model(0.8)), path, coding="bitmask")
     tensors, description = checkpoint.read_tensors(path)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-100])

@@ -32,6 +32,14 @@ def create_model(name: str, num_classes: int, layout: Skeleton | str | Path | Ma
         kwargs: arguments of the backbone class, such as ``attention`` (aagcn), ``num_person`` (aagcn,
             ctrgcn), ``base_channels``.
 
+    Example:
+        >>> import torch
+        >>> model = create_model("stgcn", num_classes=60)
+        >>> sum(parameter.numel() for parameter in model.parameters())
+        3098832
+        >>> model(torch.randn(2, 1, 16, 25, 3)).shape
+        torch.Size([2, 60])
+
     Raises:
         ValueError: an argument is unknown or out of range.
     """

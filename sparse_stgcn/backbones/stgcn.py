@@ -53,6 +53,8 @@ class GraphUnit(nn.Module):
         """
         if self.adaptive not in ("importance", "fixed"):
             return None
+        if torch.compiler.is_exporting() and self._support is not None:
+            return self._support[1]  # traced tensors have no address; export runs the network once before it traces
         version = None if self.A.is_inference() else self.A._version
         key = (self.A.data_ptr(), self.A.device, version)
         if version is None or self._support is None or self._support[0] != key:

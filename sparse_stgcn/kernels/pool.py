@@ -62,7 +62,7 @@ LIBRARY.define("max_pool_backward(Tensor dy, Tensor x, int stride, Tensor(a!) dx
 
 
 def _fake_forward(x: Tensor, stride: int) -> Tensor:
-    return x.new_empty((*x.shape[:2], (x.shape[2] + stride - 1) // stride, x.shape[3]))
+    return x.new_empty((*x.shape[:2], (x.shape[2] - 1) // stride + 1, x.shape[3]))
 
 
 @implement("max_pool", _fake_forward)

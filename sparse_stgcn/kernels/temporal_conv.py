@@ -89,7 +89,7 @@ _SCATTERED = 4  # outputs of a block from which on dX is a scatter: it then shar
 
 def out_frames(frames: int, stride: int) -> int:
     """ceil(T / stride): the padding (K-1)/2 * dilation keeps the frames of stride 1."""
-    return -(-frames // stride)
+    return (frames - 1) // stride + 1  # as torch writes it, so that a symbolic T is one and the same in torch.export
 
 
 LIBRARY.define(f"temporal_conv(Tensor x, Tensor values, Tensor? bias, {PATTERN_SCHEMA}, int stride, int dilation) -> Tensor")

@@ -2,7 +2,7 @@
 from . import methods
 from .budget import DENSITIES, SCOPES, Density, budgets, pools
 from .choice import LEVELS, draw, draw_levels
-from .plan import METHODS, Layer, Plan, register
+from .plan import METHODS, Layer, Plan, is_seeded, register
 
 __all__ = ["DENSITIES", "LEVELS", "METHODS", "SCOPES", "Density", "Layer", "Plan", "budgets", "draw", "draw_levels",
-           "methods", "pools", "register"]
+           "is_seeded", "methods", "pools", "register"]

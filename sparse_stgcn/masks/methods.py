@@ -13,7 +13,7 @@ from .plan import Layer, Plan, register
 __all__ = ["fan_in", "iid", "magnitude", "predefined", "random", "root_mean_square", "top"]
 
 
-@register("random")
+@register("random", seeded=True)
 def random(plan: Plan) -> list[np.ndarray]:
     """Balanced: each block row of a layer draws its own positions; rows differ by one block at most."""
     live = []
@@ -34,19 +34,19 @@ def random(plan: Plan) -> list[np.ndarray]:
     return live
 
 
-@register("nested")
+@register("nested", seeded=True)
 def nested(plan: Plan) -> list[np.ndarray]:
     """``random`` with counts that grow along the paper's levels; see ``draw`` and ``draw_levels``."""
     return random(plan)
 
 
-@register("iid", floor=False)
+@register("iid", floor=False, seeded=True)
 def iid(plan: Plan) -> list[np.ndarray]:
     """Every block of a pool has the same chance; the number is exact in the pool, not in a layer or a row."""
     return top([-plan.generator(layer).random(layer.grid) for layer in plan.layers], plan)
 
 
-@register("fan_in", floor=False)
+@register("fan_in", floor=False, seeded=True)
 def fan_in(plan: Plan) -> list[np.ndarray]:
     """The highest of signed scores drawn like weights, uniform in +-sqrt(6 / fan_in) (the authors' code).
 

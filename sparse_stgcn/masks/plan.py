@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["METHODS", "Layer", "Method", "Plan", "has_floor", "register"]
+__all__ = ["METHODS", "Layer", "Method", "Plan", "has_floor", "is_seeded", "register"]
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,20 @@ class Plan:
 Method = Callable[[Plan], "list[np.ndarray]"]
 METHODS: dict[str, Method] = {}
 _WITHOUT_FLOOR: set[str] = set()
+_SEEDED: set[str] = set()
 
 
-def register(name: str, floor: bool = True) -> Callable[[Method], Method]:
+def register(name: str, floor: bool = True, seeded: bool = False) -> Callable[[Method], Method]:
     """Add a method: a function from a ``Plan`` to one bool array (G, H, K) per layer, True for live blocks.
 
     With ``floor`` the counts it gets leave every block row at least one block; without, ``draw`` warns of the
-    block rows that the method left empty.
+    block rows that the method left empty. With ``seeded`` its masks follow from the sizes of the layers and the seed
+    alone, so that a checkpoint may keep these in place of the masks.
     """
     def add(method: Method) -> Method:
         METHODS[name] = method
         (_WITHOUT_FLOOR.discard if floor else _WITHOUT_FLOOR.add)(name)
+        (_SEEDED.add if seeded else _SEEDED.discard)(name)
         return method
     return add
 
@@ -102,3 +105,8 @@ def register(name: str, floor: bool = True) -> Callable[[Method], Method]:
 def has_floor(method: str) -> bool:
     """Whether ``method`` leaves every block row at least one block."""
     return method not in _WITHOUT_FLOOR
+
+
+def is_seeded(method: str) -> bool:
+    """Whether the masks of ``method`` follow from the sizes of the layers and the seed alone."""
+    return method in _SEEDED

@@ -31,6 +31,15 @@ def optimize(model: Recognizer | Ensemble, example: Tensor | None = None, engine
 
     Networks without a fused program, other devices and other dtypes run as they are, in eval mode.
 
+    Example:
+        >>> import torch
+        >>> from sparse_stgcn import compact, create_model, sparsify
+        >>> model = compact(sparsify(create_model("stgcn", num_classes=60), 0.95)).eval()
+        >>> keypoint = torch.randn(1, 2, 16, 25, 3)
+        >>> with torch.no_grad():
+        ...     torch.allclose(optimize(model)(keypoint), model(keypoint), rtol=1e-3, atol=1e-5)
+        True
+
     Raises:
         TypeError: model is neither a Recognizer nor an Ensemble.
         ValueError: no such engine.

@@ -67,7 +67,7 @@ def rounds(sparsities: Sequence[float], rate: float) -> list[float]:
     No round cuts more than ``rate`` of the weights that are left:
 
         >>> rounds([0.5, 0.9], 0.5)
-        [0.5, 0.7076, 0.82900, 0.9]
+        [0.5, 0.7076, 0.829, 0.9]
     """
     steps, kept = [], 1.0
     for sparsity in sorted(set(sparsities)):
