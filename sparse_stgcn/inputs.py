@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from torch import nn
 
 from .data.joints import joint_order
 from .data.preparation import IMAGE, Preparation
 from .data.resample import resample
 from .data.source import persons_that_matter
 from .errors import UserError
-from .recognizer import Ensemble
+from .recognizer import Ensemble, Recognizer
 from .skeleton import Skeleton
 
 __all__ = ["InputFormat", "checkpoint_file", "label_names_of"]
@@ -39,7 +38,8 @@ class InputFormat:
     fps: float | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, meta: Mapping[str, Any], clips: int | None = None, missing: str | None = None) -> InputFormat:
+    def of(cls, model: Recognizer | Ensemble, meta: Mapping[str, Any], clips: int | None = None, missing: str | None = None
+           ) -> InputFormat:
         """From a network and what ``checkpoint.save`` was told about it; what the file does not say has the default.
 
         Args:
@@ -49,7 +49,7 @@ class InputFormat:
         Raises:
             UserError: stream and network do not fit together, or a value is out of range.
         """
-        member = model.members[0] if isinstance(model, Ensemble) else model
+        member: Any = model.members[0] if isinstance(model, Ensemble) else model
         backbone, protocol = member.backbone, dict(meta.get("protocol") or {})
         names = ("stream", "clip_len", "num_person", "align")
         known = {name: protocol[name] for name in names if protocol.get(name) is not None}
@@ -144,8 +144,9 @@ class InputFormat:
         if not np.nan_to_num(value).any():
             raise UserError("Expected keypoint with a person in at least one frame. Got zeros or NaN only.")
         if len(value) > self.preparation.num_person:
-            frames_first = lambda x: None if x is None else np.nan_to_num(x).swapaxes(0, 1)
-            chosen = persons_that_matter(frames_first(value), frames_first(confidence), self.preparation.num_person)
+            frames_first = lambda x: np.nan_to_num(x).swapaxes(0, 1)
+            chosen = persons_that_matter(frames_first(value), None if confidence is None else frames_first(confidence),
+                                         self.preparation.num_person)
             value, confidence = value[chosen], None if confidence is None else confidence[chosen]
         ratio = self.ratio(fps)
         if ratio != 1:
@@ -172,13 +173,13 @@ def checkpoint_file(path: str | Path) -> Path:
     return found
 
 
-def label_names_of(model: nn.Module, meta: Mapping[str, Any]) -> tuple[str, ...]:
+def label_names_of(model: Recognizer | Ensemble, meta: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the classes as the file has them, or their numbers.
 
     Raises:
         UserError: the file names another number of classes than the network has.
     """
-    names = tuple(map(str, meta.get("label_names") or range(model.num_classes)))  # type: ignore[call-overload]
+    names = tuple(map(str, meta.get("label_names") or range(model.num_classes)))
     if len(names) != model.num_classes:
         raise UserError(f"Expected label_names of {model.num_classes} classes in the file. Got {len(names)}.")
     return names

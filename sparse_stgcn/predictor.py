@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import nn
 
 from .checkpoint import load, read_metadata
 from .data.preparation import IMAGE
 from .errors import UserError
 from .inputs import InputFormat, checkpoint_file, label_names_of
-from .recognizer import Ensemble
+from .recognizer import Ensemble, Recognizer
 from .runtime import optimize
 
 __all__ = ["Prediction", "Predictor", "open_network"]
@@ -78,7 +77,8 @@ class Predictor:
         inputs, label_names: as given.
     """
 
-    def __init__(self, model: nn.Module, inputs: InputFormat, label_names: Sequence[str], batch_size: int = 32) -> None:
+    def __init__(self, model: Recognizer | Ensemble, inputs: InputFormat, label_names: Sequence[str], batch_size: int = 32
+                 ) -> None:
         if batch_size < 1:
             raise UserError(f"Expected batch_size of at least 1. Got {batch_size}.")
         self.inputs, self.label_names, self.batch_size = inputs, tuple(label_names), batch_size
@@ -171,7 +171,7 @@ class Predictor:
 
 
 def open_network(path: str | Path, clips: int | None = None, missing: str | None = None, device: str | torch.device = "cpu"
-                 ) -> tuple[nn.Module, InputFormat, tuple[str, ...]]:
+                 ) -> tuple[Recognizer | Ensemble, InputFormat, tuple[str, ...]]:
     """The network of a checkpoint, the input that it was trained on, and the names of its classes.
 
     Raises:

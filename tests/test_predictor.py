@@ -3,16 +3,20 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+import torch
 
 from sparse_stgcn import Archive, Predictor, checkpoint, ensemble, evaluate, predict
 from sparse_stgcn.data import SkeletonDataset
 from sparse_stgcn.data.joints import joint_order
 from sparse_stgcn.errors import UserError, run
+from sparse_stgcn.kernels.dispatch import gpu_at
 from sparse_stgcn.predictor import Prediction
 from sparse_stgcn.scores import Scores
 from sparse_stgcn.skeleton import Skeleton
@@ -178,6 +182,13 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
     checkpoint.save(tiny.model(), tmp_path / "named.safetensors", label_names=["one"])
     with pytest.raises(UserError, match="label_names"):
         Predictor.load(tmp_path / "named.safetensors")
+
+
+def test_the_start_does_not_load_the_compiler_of_torch():
+    code = "import sys; from sparse_stgcn import Predictor; sys.exit('torch._dynamo' in sys.modules or 'triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    # What is set in place of the decorator is what the decorator sets.
+    assert vars(torch.compiler.assume_constant_result(lambda: None)) == vars(gpu_at)
 
 
 # ---- the command ------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _native
-from ._library import check_values
 from .dispatch import runs_natively
 from .graph_conv import Support, graph_conv, prepare
 from .pattern import BlockPattern
@@ -15,7 +14,7 @@ __all__ = ["FixedGraphConv", "WindowConv"]
 
 
 class WindowConv:
-    """The k x 1 convolution of whole windows of frames, without padding.
+    """The k x 1 convolution of whole windows of frames, without padding; which backend runs it is decided here, once.
 
     Y[n,o,t,v] = b[o] + sum over live (o,i,k) of W[o,i,k] X[n, i, t*stride + k*dilation, v], for frames t that were asked for.
 
@@ -38,6 +37,7 @@ class WindowConv:
             torch.cat([live.new_zeros(*live.shape[:2], taps - 1), live], 2), (outputs, inputs, 2 * taps - 1), pattern.block)
         self.values = self.pattern.gather(F.pad(weight, (taps - 1, 0))).contiguous()
         self.bias = None if bias is None else bias.contiguous()
+        self._native = weight.dtype != torch.bfloat16 and runs_natively("temporal_conv", weight)
         self._sizes = _native.sizes(self.pattern.shape, self.pattern.block, self.pattern.num_blocks)
         self._index = _native.index(self.pattern.row_ptr, self.pattern.input, self.pattern.tap)
 
@@ -56,8 +56,9 @@ class WindowConv:
         if channels != self.pattern.shape[1] or given < (frames - 1) * self.stride + self.reach + 1:
             raise ValueError(f"Expected x with {self.pattern.shape[1]} channels and at least "
                              f"{(frames - 1) * self.stride + self.reach + 1} frames. Got {channels} and {given}.")
-        check_values(x, self.values, self.pattern, self.bias, self.pattern.shape[:1])
-        if x.dtype == torch.bfloat16 or not runs_natively("temporal_conv", x):
+        if x.dtype != self.values.dtype:
+            raise TypeError(f"Expected x to have the dtype of the weights, {self.values.dtype}. Got {x.dtype}.")
+        if not self._native:
             weight = self.pattern.scatter(self.values)[:, :, self.taps - 1:, None]
             wanted = x[:, :, :(frames - 1) * self.stride + self.reach + 1]
             return F.conv2d(wanted, weight, self.bias, (self.stride, 1), 0, (self.dilation, 1))
@@ -69,7 +70,7 @@ class WindowConv:
 
 
 class FixedGraphConv:
-    """``graph_conv`` with one adjacency.
+    """``graph_conv`` with one adjacency; which backend runs it is decided here, once.
 
     Y[n,o,t,w] = c[o] + sum over k, v of A_k[v,w] (b_k[o] + sum over i of W_k[o,i] X[n,i,t,v])
 
@@ -88,15 +89,15 @@ class FixedGraphConv:
         self._coefficients = coefficients.contiguous()
         joints = adjacency.shape[1]
         self._map = offset[:, None].expand(-1, joints).contiguous() if through is None else through + offset[:, None]
+        self._native = weight.dtype != torch.bfloat16 and runs_natively("graph_conv", weight)
         self._sizes = _native.sizes(pattern.shape, pattern.block, pattern.num_blocks)
         self._index = _native.index(pattern.row_ptr, pattern.input, pattern.tap)
         self._graph = [self.support.ptr.data_ptr(), self.support.source.data_ptr()]
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (N, I, T, V), any strides -> (N, O, T, V), contiguous. Raises like ``graph_conv``."""
-        if x.dtype == torch.bfloat16 or x.shape[1] != self.pattern.shape[1] or not runs_natively("graph_conv", x):
+        if not self._native or x.dtype != self.values.dtype or x.shape[1] != self.pattern.shape[1]:
             return graph_conv(x, self.values, self.pattern, self.adjacency, self.bias, self.support, offset=self.offset)
-        check_values(x, self.values, self.pattern, self._map, tuple(self._map.shape))
         batch, _, frames, joints = x.shape
         y = x.new_empty(batch, self.pattern.shape[0], frames, joints)
         _native.module.graph_forward(

@@ -54,7 +54,7 @@ class FrameQueue:
     def view(self) -> Tensor:
         """All frames that wait, valid until the next ones are appended."""
         assert self._room is not None
-        return self._room[:, :, self._begin:self._end]
+        return self._room.narrow(2, self._begin, self._end - self._begin)
 
     def drop(self, count: int) -> None:
         """Remove the first ``count`` frames; those that are not there yet will be removed when they come."""
@@ -63,16 +63,18 @@ class FrameQueue:
         self._owed += count - here
 
     def take(self, count: int) -> Tensor:
-        """The first ``count`` frames, which are removed; valid until the next ones are appended."""
-        taken = self.view()[:, :, :count]
-        self.drop(count)
+        """The first ``count`` frames, which must be there and are removed; valid until the next ones are appended."""
+        assert self._room is not None
+        taken = self._room.narrow(2, self._begin, count)
+        self._begin += count
         return taken
 
     def _put(self, x: Tensor) -> None:
-        skipped = min(self._owed, x.shape[2])
-        self._owed -= skipped
-        x = x[:, :, skipped:]
-        count, waiting = x.shape[2], len(self)
+        if self._owed:
+            skipped = min(self._owed, x.shape[2])
+            self._owed -= skipped
+            x = x[:, :, skipped:]
+        count, waiting = x.shape[2], self._end - self._begin
         if self._room is None or self._end + count > self._room.shape[2]:
             room = self._room
             if room is None or 2 * (waiting + count) > room.shape[2]:
@@ -80,7 +82,7 @@ class FrameQueue:
             if self._room is not None:
                 room[:, :, :waiting] = self.view()  # never onto itself: they wait in less than half of the room
             self._room, self._begin, self._end = room, 0, waiting
-        self._room[:, :, self._end:self._end + count] = x
+        self._room.narrow(2, self._end, count).copy_(x)
         self._end += count
 
 
@@ -97,12 +99,15 @@ class Join:
 
     def push(self, *parts: Tensor) -> list[Tensor]:
         """New frames (N, C_i, T_i, V) of every branch -> those that all have, (N, C_i, T, V)."""
-        if not any(map(len, self.queues)) and len({part.shape[2] for part in parts}) == 1:
-            return list(parts)
+        count = min(len(queue) + part.shape[2] for queue, part in zip(self.queues, parts, strict=True))
+        ready = []
         for queue, part in zip(self.queues, parts, strict=True):
-            queue.append(part)
-        count = min(map(len, self.queues))
-        return [queue.take(count) for queue in self.queues]
+            if part.shape[2] == count and not len(queue):
+                ready.append(part)  # the branch that the others wait for never waits itself
+            else:
+                queue.append(part)
+                ready.append(queue.take(count))
+        return ready
 
 
 class SlidingMean:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.causal import CausalPreparation
 from ..data.preparation import IMAGE
@@ -16,7 +16,7 @@ from ..data.resample import Resampler
 from ..errors import UserError
 from ..inputs import InputFormat
 from ..predictor import Prediction, open_network
-from ..recognizer import Ensemble, mean_probability
+from ..recognizer import Ensemble, Recognizer, mean_probability
 from .frames import SlidingMean
 from .network import StreamNetwork
 
@@ -54,7 +54,7 @@ class StreamPredictor:
         UserError: window or chunk is below 1, or layout or fps does not fit.
     """
 
-    def __init__(self, model: nn.Module, inputs: InputFormat, label_names: Sequence[str], window: int | None = None,
+    def __init__(self, model: Recognizer | Ensemble, inputs: InputFormat, label_names: Sequence[str], window: int | None = None,
                  chunk: int = 1, layout: Any = None, fps: float | None = None, image: tuple[float, float] = IMAGE) -> None:
         window = inputs.preparation.clip_len if window is None else window
         if chunk < 1 or window < 0:
@@ -83,8 +83,9 @@ class StreamPredictor:
         self._waiting: list[np.ndarray] = []
         self._logits: list[Tensor | None] = [None] * len(self._networks)
         self._last: Prediction | None = None
-        for part in (*self._networks, *self._means):
-            part.reset()
+        for network, mean in zip(self._networks, self._means, strict=True):
+            network.reset()
+            mean.reset()
 
     def again(self, window: int, chunk: int) -> StreamPredictor:
         """A new stream of the same network and kind of frames."""

@@ -111,7 +111,8 @@ def folded(conv: SparseConv2d, norm: nn.Module | None) -> tuple[Tensor, BlockPat
     """Weight (O, I, K), live blocks and bias of a convolution with the batch norm behind it, if there is one, in eval mode."""
     pattern = conv.pattern if conv.values is not None else BlockPattern.full(conv.shape_oik, (8, 1))
     assert pattern is not None
-    weight, bias = conv.as_oik(conv.dense_weight()), conv.bias
+    weight = conv.as_oik(conv.dense_weight())
+    bias: Tensor | None = conv.bias
     if isinstance(norm, nn.BatchNorm2d):
         gain, shift = fold(norm)
         weight, bias = weight * gain[:, None, None], shift if bias is None else shift + bias * gain
