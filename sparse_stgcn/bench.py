@@ -140,7 +140,8 @@ def waits(config: BenchConfig) -> prediction.Waits:
         latencies.append(prediction.latency(setting, config.calls, config.rounds))
     torch.set_num_threads(1)
     first, *others = (replace(settings[0], backbone=name) for name in config.backbones)
-    rows = prediction.streams(first, config.stream_frames) + [row for other in others for row in prediction.streams(other)]
+    rows = prediction.streams(first, frames=config.stream_frames) + prediction.streams(first, sparsity=0)
+    rows += [row for other in others for row in prediction.streams(other)]
     return prediction.Waits(latencies, prediction.start(settings[0]), rows)
 
 

@@ -31,11 +31,13 @@ class InputFormat:
         preparation: everything from an array of its layout and frame rate to clips.
         flat: image coordinates, with a confidence as third channel.
         fps: frames per second of the training data, or None where the file does not say.
+        persons: of the training data, which may have more than a clip takes.
     """
 
     preparation: Preparation
     flat: bool = False
     fps: float | None = None
+    persons: int = 2
 
     @classmethod
     def of(cls, model: Recognizer | Ensemble, meta: Mapping[str, Any], clips: int | None = None, missing: str | None = None
@@ -60,7 +62,7 @@ class InputFormat:
             raise UserError(f"Expected a network of {3 * len(preparation.feats)} input channels for stream "
                             f"{preparation.stream}. Got {backbone.in_channels}; save it with protocol={{'stream': ...}}.")
         coordinates = protocol.get("coordinates") or (2 if backbone.skeleton.name in _FLAT_LAYOUTS else 3)
-        return cls(preparation, coordinates == 2, protocol.get("fps"))
+        return cls(preparation, coordinates == 2, protocol.get("fps"), protocol.get("persons") or preparation.num_person)
 
     def ratio(self, fps: float | None) -> float:
         """Frames of the input per frame that the network expects; 1 where a rate is not known.
@@ -132,8 +134,9 @@ class InputFormat:
 
     def features(self, keypoint: ArrayLike, layout: Any = None, fps: float | None = None, score: ArrayLike | None = None,
                  image: tuple[float, float] = IMAGE) -> np.ndarray:
-        """What clips are drawn from, (M, T', V, C) float32. Of more persons than the network takes, those who matter most.
+        """What clips are drawn from, (M, T', V, C) float32.
 
+        Of more persons than the training data have, those stay who matter most, as in ``convert --max-persons``.
         A joint that is not finite is lost; with ``missing="keep"`` it becomes 0, which is what data sets write for such joints.
 
         Raises:
@@ -143,10 +146,10 @@ class InputFormat:
         value, confidence = self.known(value, confidence)
         if not np.nan_to_num(value).any():
             raise UserError("Expected keypoint with a person in at least one frame. Got zeros or NaN only.")
-        if len(value) > self.preparation.num_person:
+        if len(value) > self.persons:
             frames_first = lambda x: np.nan_to_num(x).swapaxes(0, 1)
             chosen = persons_that_matter(frames_first(value), None if confidence is None else frames_first(confidence),
-                                         self.preparation.num_person)
+                                         self.persons)
             value, confidence = value[chosen], None if confidence is None else confidence[chosen]
         ratio = self.ratio(fps)
         if ratio != 1:

@@ -119,7 +119,7 @@ class Predictor:
         Raises:
             UserError: the array does not fit, or nobody is seen in it.
         """
-        return self._predict([self.inputs.features(keypoint, layout, fps, score, image)])[0]
+        return self.predict_features([self.inputs.features(keypoint, layout, fps, score, image)])[0]
 
     def batch(self, keypoints: Sequence[ArrayLike], layout: Any = None, fps: float | None = None,
               scores: Sequence[ArrayLike | None] | None = None, image: tuple[float, float] = IMAGE) -> list[Prediction]:
@@ -135,14 +135,11 @@ class Predictor:
                 features.append(self.inputs.features(keypoint, layout, fps, score, image))
             except UserError as error:
                 raise UserError(f"sequence {index}: {error}") from error
-        return self._predict(features)
-
-    def predict_features(self, features: Sequence[NDArray[np.float32]]) -> list[Prediction]:
-        """The predictions for what ``inputs.features`` made."""
-        return self._predict(features)
+        return self.predict_features(features)
 
     @torch.inference_mode()
-    def _predict(self, features: Sequence[NDArray[np.float32]]) -> list[Prediction]:
+    def predict_features(self, features: Sequence[NDArray[np.float32]]) -> list[Prediction]:
+        """The predictions for sequences as ``inputs.features`` makes them."""
         preparation, pending, spread = self.inputs.preparation, [], []
         for sequence in features:
             frames = preparation.test_frames(sequence.shape[1])

@@ -104,6 +104,14 @@ def test_persons_frames_and_types(archive, predictor):
     assert predictor(x[:, :1]).probability.shape == (3,)
 
 
+def test_of_more_persons_than_the_training_had_those_seen_most_stay(archive, predictor):
+    x = sequences(archive)[1].copy()
+    ghosts = np.ones_like(x)
+    ghosts[:, 2:] = 0
+    crowd = np.concatenate([ghosts[:1], x[:1], ghosts[1:], x[1:]])
+    assert np.array_equal(predictor(crowd).probability, predictor(x).probability)
+
+
 def test_nan_is_a_lost_joint_and_the_policy_of_the_training_can_be_changed(trained, archive, predictor):
     x = sequences(archive)[1].copy()
     hurt, zero = x.copy(), x.copy()

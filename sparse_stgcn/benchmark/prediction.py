@@ -165,11 +165,12 @@ def start(setting: Setting) -> Start:
     return sorted(runs, key=lambda run: run.process)[1]
 
 
-def streams(setting: Setting, frames: int = _SOME) -> list[Stream]:
-    """The backbone at 0.95, at several chunks; the last one runs on for ``frames`` frames and shows whether memory grows."""
-    model = sparse_network(setting.network(), Pattern(0.95)).eval()
+def streams(setting: Setting, sparsity: float = 0.95, frames: int = _SOME) -> list[Stream]:
+    """The backbone at several chunks; the last one runs on for ``frames`` frames and shows whether memory grows."""
+    model = sparse_network(setting.network(), Pattern(sparsity)).eval()
     preparation = Preparation(model.backbone.skeleton, clip_len=setting.frames, num_person=setting.persons)
-    inputs, names, x = InputFormat(preparation), tuple(map(str, range(model.num_classes))), _sequence(setting)
+    inputs, names = InputFormat(preparation, persons=setting.persons), tuple(map(str, range(model.num_classes)))
+    x = _sequence(setting)
     rows = []
     for chunk in _CHUNKS:
         error = _error(model, inputs.features(x), chunk) if setting.backbone == "stgcn" else None
@@ -181,7 +182,7 @@ def streams(setting: Setting, frames: int = _SOME) -> list[Stream]:
         for t in range(count):
             stream.push(x[:, t % setting.frames])
         rate, growth = count / (time.perf_counter() - begin), _resident() - before
-        rows.append(Stream(setting.backbone, 0.95, chunk, count, rate, stream.delay, error, stream.nbytes, growth))
+        rows.append(Stream(setting.backbone, sparsity, chunk, count, rate, stream.delay, error, stream.nbytes, growth))
     return rows
 
 
