@@ -21,6 +21,7 @@ _PUBLIC = {
     "Archive": "data.archive",
     "Predictor": "predictor",
     "StreamPredictor": "streaming.predictor",
+    "RollingPredictor": "streaming.rolling",
     "optimize": "runtime",
     "Ensemble": "recognizer",
     "backends": "kernels",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from .sparsity import densify as densify
     from .sparsity import sparsify as sparsify
     from .streaming.predictor import StreamPredictor as StreamPredictor
+    from .streaming.rolling import RollingPredictor as RollingPredictor
 
 
 def __getattr__(name: str) -> Any:

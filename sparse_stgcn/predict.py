@@ -54,6 +54,9 @@ class PredictConfig:
     """Frames that a prediction of --stream looks back; 0: all. Default: the clip length of the training."""
     chunk: int = 1
     """Frames that --stream computes together: more are faster, and later."""
+    rolling: bool = False
+    """Run the network on the last --window frames as a clip of their own, every --chunk frames: the offline answer of any
+    backbone without delay, for the work of a clip each time."""
     compare: bool = False
     """After --stream, compare with the offline network on the same frames."""
     format: OptionalStr = None
@@ -73,6 +76,8 @@ class PredictConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"Expected --{name} to be at least 1. Got {value}.")
+        if self.rolling and (self.compare or self.window == 0):
+            raise UserError("Expected --rolling without --compare and with a --window of at least 1. Got both, or --window 0.")
         if self.window is not None and self.window < 0:
             raise UserError(f"Expected --window to be at least 0. Got {self.window}.")
         if self.format is not None:
@@ -152,11 +157,13 @@ def _stream(config: PredictConfig) -> int:
     from .data.samples import find_files, open_samples
     from .streaming.offline import difference
     from .streaming.predictor import StreamPredictor
+    from .streaming.rolling import RollingPredictor
 
     file = next(find_files([str(config.stream)]))
     sample = open_samples(file, config.layout)[0][1]()
     layout = config.layout if config.layout is not None else sample.layout
-    stream = StreamPredictor.load(config.model, config.window, config.chunk, layout, config.fps, sample.image, config.missing)
+    kind = RollingPredictor if config.rolling else StreamPredictor
+    stream = kind.load(config.model, config.window, config.chunk, layout, config.fps, sample.image, config.missing)
     frames, last, spent = sample.keypoint.shape[-3], None, 0.0
     with _writer(config, ("frame",)) as write:
         begin = time.perf_counter()
@@ -168,7 +175,7 @@ def _stream(config: PredictConfig) -> int:
         spent += time.perf_counter() - begin
     print(f"streamed  {frames} frames in {spent:.2f} s, {frames / spent:,.0f} frames per second on {torch.get_num_threads()} "
           f"thread(s), {stream.chunk} at a time; a frame counts {stream.delay} frames later", file=sys.stderr)
-    if config.compare:
+    if config.compare and isinstance(stream, StreamPredictor):
         own = difference(stream, sample.keypoint, sample.score)
         print(f"offline   largest difference of a probability over the whole sequence {own.whole:.2g}, over windows of "
               f"{stream.window or frames} frames {own.windows:.2g} (mean {own.mean:.2g}), same class in {own.agree:.1%}",

@@ -255,12 +255,15 @@ def test_the_command_streams_a_file(trained, archive, tmp_path, capsys):
     said = capsys.readouterr()
     frames = [json.loads(line)["frame"] for line in said.out.splitlines()]
     assert frames == sorted(frames) and frames[-1] == x.shape[1] and "frames per second" in said.err
+    assert run(predict.main, [str(trained / "low"), "--stream", str(tmp_path / "long.npy"), "--chunk", "8", "--rolling"]) == 0
+    assert [json.loads(line)["frame"] for line in capsys.readouterr().out.splitlines()][:3] == [8, 16, 24]
     largest = float(said.err.split("over the whole sequence ")[1].split(",")[0])
     assert largest <= TOLERANCE
 
 
 def test_the_command_refuses_what_it_cannot_do(trained, tmp_path, capsys):
     for arguments, message in (([], "at least one file"), ([str(tmp_path / "no.npy")], "no.npy"),
+                               (["--stream", "x.npy", "--rolling", "--compare"], "--rolling"),
                                (["x.npy", "--top", "0"], "--top"), (["x.npy", "--format", "xml"], "json, csv")):
         assert run(predict.main, [str(trained / "low"), *arguments]) == 2, arguments
         assert message in capsys.readouterr().err

@@ -7,7 +7,7 @@ import tiny
 import torch
 from fused_networks import keypoint, mixed_blocks, network
 
-from sparse_stgcn import Ensemble, StreamPredictor, checkpoint
+from sparse_stgcn import Ensemble, Predictor, RollingPredictor, StreamPredictor, checkpoint
 from sparse_stgcn.data import transforms as tf
 from sparse_stgcn.data.causal import CausalPreparation
 from sparse_stgcn.data.preparation import Preparation
@@ -166,6 +166,23 @@ def test_an_ensemble_streams_as_the_mean_of_its_members(tmp_path):
     own = [list(stream_of(member).run(x))[-1].probability for member in members]
     np.testing.assert_allclose(together.probability, np.mean(own, 0), rtol=0, atol=1e-6)
     assert together.label_names == ("0", "1", "2")
+
+
+@pytest.mark.parametrize(("window", "chunk", "fps"), [(None, 1, None), (16, 5, None), (16, 4, 60)])
+def test_a_rolling_prediction_is_that_of_the_last_frames(window, chunk, fps):
+    model, x = tiny.model(0.5), sequence(90, persons=1)
+    predictor = Predictor(model, inputs_of(model, clips=1, fps=30), ("one", "two", "three"))
+    rolling = RollingPredictor(predictor, window, chunk, fps=fps)
+    answers, held = list(rolling.run(x)), (window or 40) * (1 if fps is None else 2)
+    for t in (chunk - 1, 44, 89):
+        last = t - (t + 1) % chunk + 1  # frames of the last prediction
+        want = predictor(x[:, max(0, last - held):last], fps=fps).probability
+        assert np.array_equal(answers[t].probability, want)
+    assert np.array_equal(answers[-1].probability, predictor(x[:, -held:], fps=fps).probability)
+    rolling.reset()
+    assert rolling.push(np.zeros((1, 5, 3))) is None
+    with pytest.raises(UserError, match="the same for all"):
+        rolling.push(np.zeros((2, 5, 3)))
 
 
 def test_a_stream_begins_anew_after_reset():

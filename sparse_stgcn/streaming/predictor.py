@@ -37,6 +37,9 @@ class StreamPredictor:
     Every frame counts, where the clips of ``Predictor`` take ``clip_len`` frames of a whole sequence. What the preparation
     cannot know without the frames to come is decided as ``CausalPreparation`` says. Memory does not grow.
 
+    A feature sees 153 frames (AA-GCN: 305), more than most clips have: training shows the network zeros beyond the borders of
+    a clip where a stream shows it frames. How much that matters depends on the network: compare, or take ``RollingPredictor``.
+
     Args:
         model: a Recognizer or an Ensemble, of any stage.
         inputs: the input that it was trained on.
