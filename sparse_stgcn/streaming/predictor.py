@@ -1,7 +1,8 @@
 """StreamPredictor: predictions while frames arrive."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from ..predictor import Prediction, open_network
 from ..recognizer import Ensemble, Recognizer, mean_probability
 from .frames import SlidingMean
 from .network import StreamNetwork
+from .session import Session
 
 __all__ = ["StreamPredictor"]
 
 
-class StreamPredictor:
+class StreamPredictor(Session):
     """A trained network on a stream of frames: every frame is computed once, whatever the window.
 
     The logits are those of the mean of the features over the last ``window`` frames (the offline network takes it over the
@@ -50,11 +52,11 @@ class StreamPredictor:
         image: height and width of the image in pixels, for 2D.
 
     Attributes:
-        delay: a frame counts in predictions this many frames later.
-        lag: that of the network alone: with motion, features are one frame late before they reach it.
+        model: a copy of the network in eval mode; ``gives_probabilities``: it is an ensemble.
+        lag: the delay of the network alone; motion reaches it one frame late.
 
     Raises:
-        UserError: window or chunk is below 1, or layout or fps does not fit.
+        UserError: chunk is below 1, window below 0, or layout or fps does not fit.
     """
 
     def __init__(self, model: Recognizer | Ensemble, inputs: InputFormat, label_names: Sequence[str], window: int | None = None,
@@ -63,7 +65,8 @@ class StreamPredictor:
         if chunk < 1 or window < 0:
             raise UserError(f"Expected chunk of at least 1 and window of at least 0. Got {chunk} and {window}.")
         members = model.members if isinstance(model, Ensemble) else [model]
-        self.model, self.gives_probabilities, self._options = model.eval(), isinstance(model, Ensemble), (layout, fps, image)
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.gives_probabilities, self._options = isinstance(model, Ensemble), (layout, fps, image)
         self.inputs, self.label_names, self.window, self.chunk, self.image = inputs, tuple(label_names), window, chunk, image
         self._networks = [StreamNetwork(member, window or None) for member in members]  # type: ignore[arg-type]
         self._means = [SlidingMean(max(1, window // net.stride) if window else None) for net in self._networks]
@@ -80,7 +83,6 @@ class StreamPredictor:
         return cls(model, inputs, names, window, chunk, layout, fps, image)
 
     def reset(self) -> None:
-        """Begin a new stream."""
         self._causal = CausalPreparation(self.inputs.preparation, self.inputs.flat, self.image)
         self._resampler = Resampler(self._ratio)
         self._waiting: list[np.ndarray] = []
@@ -108,11 +110,6 @@ class StreamPredictor:
         return sum(part.nbytes for net in self._networks for part in net.held()) + sum(mean.nbytes for mean in self._means)
 
     def push(self, frame: ArrayLike, score: ArrayLike | None = None) -> Prediction | None:
-        """The next frame, (M, V, C) or (V, C) -> the latest prediction, None until there is one.
-
-        Raises:
-            UserError: the shape does not fit.
-        """
         return self.advance(self._causal.push(*self._frames(self._resampler, frame, score)))
 
     def _frames(self, resampler: Resampler, frame: ArrayLike, score: ArrayLike | None) -> tuple[np.ndarray, np.ndarray | None]:
@@ -129,15 +126,7 @@ class StreamPredictor:
         return keypoint[..., :2], keypoint[..., 2]
 
     def finish(self) -> Prediction | None:
-        """The end of the stream: the frames that wait are computed, the network's padding behind them. Then ``reset``."""
         return self.advance(self._causal.finish(), end=True)
-
-    def run(self, keypoint: ArrayLike, score: ArrayLike | None = None) -> Iterator[Prediction | None]:
-        """``push`` of every frame of (M, T, V, C) or (T, V, C), then ``finish``: T + 1 predictions."""
-        frames, scores = np.asarray(keypoint), None if score is None else np.asarray(score)
-        for t in range(frames.shape[-3]):
-            yield self.push(frames[..., t, :, :], None if scores is None else scores[..., t, :])
-        yield self.finish()
 
     @torch.inference_mode()
     def advance(self, features: np.ndarray, end: bool = False) -> Prediction | None:

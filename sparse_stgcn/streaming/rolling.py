@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,12 @@ from numpy.typing import ArrayLike
 from ..data.preparation import IMAGE
 from ..errors import UserError
 from ..predictor import Prediction, Predictor
+from .session import Session
 
 __all__ = ["RollingPredictor"]
 
 
-class RollingPredictor:
+class RollingPredictor(Session):
     """``Predictor`` on the last frames, again and again: the answers of the offline network, of any backbone, without delay.
 
     The work is that of a whole clip for every prediction, so ``window / chunk`` times that of ``StreamPredictor``. In return
@@ -52,17 +52,11 @@ class RollingPredictor:
         return cls(Predictor.load(path, clips=1, missing=missing), window, chunk, layout, fps, image)
 
     def reset(self) -> None:
-        """Begin a new stream."""
         self._frames.clear()
         self._since = 0
         self._last: Prediction | None = None
 
     def push(self, frame: ArrayLike, score: ArrayLike | None = None) -> Prediction | None:
-        """The next frame, (M, V, C) or (V, C), of as many persons as the others -> the latest prediction.
-
-        Raises:
-            UserError: the shape does not fit.
-        """
         value, confidence = np.asarray(frame), None if score is None else np.asarray(score)
         if value.ndim not in (2, 3) or (self._frames and value.shape != self._frames[-1][0].shape):
             raise UserError(f"Expected frame of shape (M, V, C) or (V, C), the same for all. Got {value.shape}.")
@@ -73,17 +67,9 @@ class RollingPredictor:
         return self._last
 
     def finish(self) -> Prediction | None:
-        """The prediction that counts the frames since the last one, too."""
         if self._since:
             self._predict()
         return self._last
-
-    def run(self, keypoint: ArrayLike, score: ArrayLike | None = None) -> Iterator[Prediction | None]:
-        """``push`` of every frame of (M, T, V, C) or (T, V, C), then ``finish``: T + 1 predictions."""
-        frames, scores = np.asarray(keypoint), None if score is None else np.asarray(score)
-        for t in range(frames.shape[-3]):
-            yield self.push(frames[..., t, :, :], None if scores is None else scores[..., t, :])
-        yield self.finish()
 
     def _predict(self) -> None:
         self._since = 0
