@@ -132,6 +132,6 @@ def test_what_a_user_waits_for_is_measured():
     assert 0 < call.median <= call.p99 and call.dense is None  # no ONNX here, see above
     rows = prediction.streams(setting, frames=40)
     assert [row.chunk for row in rows] == [1, 4, 16] and all(row.error <= 1e-5 and row.rate > 0 for row in rows)
-    waits = prediction.Waits([call], prediction.Start(1.0, 0.5, 0.25, 2.0), rows)
+    waits = prediction.Waits([call], prediction.Start(1.0, 0.5, 0.25, 2.0, 1.75), rows)
     table = prediction.markdown(waits)
-    assert "| seconds | 1.00 | 0.50 | 0.25 | 2.00 |" in table and table.count("| stgcn 0.95 |") == 3
+    assert "| seconds | 1.00 | 0.50 | 0.25 | 2.00 | 1.75 |" in table and table.count("| stgcn 0.95 |") == 3

@@ -64,12 +64,13 @@ class Latency:
 
 @dataclass(frozen=True)
 class Start:
-    """A fresh process: seconds of its parts, and of all of it with the start of the interpreter."""
+    """A fresh process: seconds of its parts, of all of it with the start of the interpreter, and of processor time."""
 
     imports: float
     load: float
     first: float
     process: float
+    processor: float
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class Stream:
     """A stream on one thread.
 
     Attributes:
-        rate: frames per second, preparation and head included.
+        rate: frames per second, preparation and head included; core: per second of processor time, which other programs on the
+            machine disturb less.
         error: largest difference of a logit from the offline network on the whole sequence, over the largest logit; None where
             means over time make one that depends on the training: ``predict --stream FILE --compare`` measures it.
         held: bytes of frames that are kept.
@@ -89,6 +91,7 @@ class Stream:
     chunk: int
     frames: int
     rate: float
+    core: float
     delay: int
     error: float | None
     held: int
@@ -159,9 +162,9 @@ def start(setting: Setting) -> Start:
         path, array, _ = _saved(setting, Path(folder))
         code, runs = _START.format(path=str(path), array=str(array)), []
         for _ in range(3):
-            begin = time.perf_counter()
+            begin, used = time.perf_counter(), _children()
             said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-            runs.append(Start(*map(float, said.split()), time.perf_counter() - begin))
+            runs.append(Start(*map(float, said.split()), time.perf_counter() - begin, _children() - used))
     return sorted(runs, key=lambda run: run.process)[1]
 
 
@@ -178,11 +181,12 @@ def streams(setting: Setting, sparsity: float = 0.95, frames: int = _SOME) -> li
         count = frames if chunk == _CHUNKS[-1] else min(frames, _SOME)
         for t in range(min(_WARM, 2 * count)):
             stream.push(x[:, t % setting.frames])
-        before, begin = _resident(), time.perf_counter()
+        before, begin, used = _resident(), time.perf_counter(), time.process_time()
         for t in range(count):
             stream.push(x[:, t % setting.frames])
-        rate, growth = count / (time.perf_counter() - begin), _resident() - before
-        rows.append(Stream(setting.backbone, sparsity, chunk, count, rate, stream.delay, error, stream.nbytes, growth))
+        rate, core = count / (time.perf_counter() - begin), count / (time.process_time() - used)
+        growth = _resident() - before
+        rows.append(Stream(setting.backbone, sparsity, chunk, count, rate, core, stream.delay, error, stream.nbytes, growth))
     return rows
 
 
@@ -193,6 +197,12 @@ def _error(model: Recognizer, features: np.ndarray, chunk: int) -> float:
     logits = network.head(torch.cat([*made, network.push(clip[:, :0], end=True)]).mean(0))
     offline = model(clip[None])[0]
     return float((logits - offline).abs().max() / offline.abs().max())
+
+
+def _children() -> float:
+    """Seconds of processor time of the processes that this one started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _resident() -> int:
@@ -213,10 +223,11 @@ def markdown(waits: Waits) -> str:
         dense = cell(c.dense and 1e3 * c.dense, "{:.1f}")
         lines.append(f"| {c.threads} thread(s) | {c.calls} | {1e3 * c.median:.2f} | {1e3 * c.p99:.2f} | "
                      f"{c.p99 / c.median:.2f} | {dense} | {cell(c.ratio, '{:.1f}')} | {cell(c.error, '{:.0e}')} |")
-    lines += ["", "| fresh process | import | load | first prediction | all of it |", "| --- | ---: | ---: | ---: | ---: |",
-              f"| seconds | {begin.imports:.2f} | {begin.load:.2f} | {begin.first:.2f} | {begin.process:.2f} |"]
-    lines += ["", "| stream, one thread | chunk | frames | frames per second | delay, frames | difference to offline | "
-              "held, MB | growth, MB |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
-    lines += [f"| {r.backbone} {r.sparsity:g} | {r.chunk} | {r.frames:,} | {r.rate:,.0f} | {r.delay} | "
+    lines += ["", "| fresh process | import | load | first prediction | all of it | processor time |",
+              "| --- | ---: | ---: | ---: | ---: | ---: |", f"| seconds | {begin.imports:.2f} | {begin.load:.2f} | "
+              f"{begin.first:.2f} | {begin.process:.2f} | {begin.processor:.2f} |"]
+    lines += ["", "| stream, one thread | chunk | frames | frames per second | per second of processor time | delay, frames | "
+              "difference to offline | held, MB | growth, MB |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    lines += [f"| {r.backbone} {r.sparsity:g} | {r.chunk} | {r.frames:,} | {r.rate:,.0f} | {r.core:,.0f} | {r.delay} | "
               f"{cell(r.error, '{:.0e}')} | {r.held / 1e6:.1f} | {r.growth / 1e6:.1f} |" for r in waits.streams]
     return "\n".join(lines)
