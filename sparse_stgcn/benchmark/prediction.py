@@ -227,7 +227,7 @@ def markdown(waits: Waits) -> str:
               "| --- | ---: | ---: | ---: | ---: | ---: |", f"| seconds | {begin.imports:.2f} | {begin.load:.2f} | "
               f"{begin.first:.2f} | {begin.process:.2f} | {begin.processor:.2f} |"]
     lines += ["", "| stream, one thread | chunk | frames | frames per second | per second of processor time | delay, frames | "
-              "difference to offline | held, MB | growth, MB |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+              "difference to offline | held, MB | growth, MB |", "| --- |" + " ---: |" * 8]
     lines += [f"| {r.backbone} {r.sparsity:g} | {r.chunk} | {r.frames:,} | {r.rate:,.0f} | {r.core:,.0f} | {r.delay} | "
               f"{cell(r.error, '{:.0e}')} | {r.held / 1e6:.1f} | {r.growth / 1e6:.1f} |" for r in waits.streams]
     return "\n".join(lines)
