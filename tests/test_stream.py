@@ -103,6 +103,13 @@ def test_a_sliding_mean_is_the_mean_of_the_last_frames(window, piece):
         torch.testing.assert_close(got, want)
 
 
+def test_a_frame_that_is_not_finite_is_forgotten():
+    x, mean = torch.ones(1, 40, 2), SlidingMean(8)
+    x[0, 11] = torch.inf
+    answers = torch.cat([mean.push(x[:, t:t + 1]) for t in range(40)])
+    assert not answers[11:19].isfinite().any() and (answers[24:] == 1).all()
+
+
 def test_memory_does_not_grow():
     model = tiny.model(0.8)
     stream = stream_of(model, window=20)

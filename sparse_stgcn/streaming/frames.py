@@ -111,7 +111,10 @@ class Join:
 
 
 class SlidingMean:
-    """Mean over the last frames of a stream, in float64: adding and taking away leaves no error that grows.
+    """Mean over the last frames of a stream, in float64.
+
+    With a window the sum is made anew once per window, so that adding and taking away leaves no error that grows, and a frame
+    that is not finite is forgotten.
 
     Args:
         window: frames; None: all frames so far.
@@ -145,12 +148,15 @@ class SlidingMean:
 
     def _add(self, frames: Tensor) -> None:
         assert self._total is not None
-        self._total += frames.sum(1, dtype=torch.float64)
-        if self._last is not None and self.window is not None:
+        if self._last is None or self.window is None:
+            self._total += frames.sum(1, dtype=torch.float64)
+        else:
             at = self._count % self.window
             for part in frames.tensor_split([self.window - at], 1):
                 place = self._last[:, at:at + part.shape[1]]
-                self._total -= place.sum(1, dtype=torch.float64)
+                self._total += part.sum(1, dtype=torch.float64) - place.sum(1, dtype=torch.float64)
                 place.copy_(part)
-                at = 0
+                at = (at + part.shape[1]) % self.window
+                if not at:
+                    self._total = self._last.sum(1, dtype=torch.float64)
         self._count += frames.shape[1]
