@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ class Predictor:
         self._gives_probabilities = isinstance(model, Ensemble)
         self._device = next(model.parameters()).device
         self._network = optimize(model)
+        self._clips = lru_cache(maxsize=256)(self._distinct_clips)  # by the length of a sequence
 
     @classmethod
     def load(cls, path: str | Path, clips: int | None = None, missing: str | None = None, device: str | torch.device = "cpu",
@@ -140,24 +142,24 @@ class Predictor:
     @torch.inference_mode()
     def predict_features(self, features: Sequence[NDArray[np.float32]]) -> list[Prediction]:
         """The predictions for sequences as ``inputs.features`` makes them."""
-        preparation, pending, spread = self.inputs.preparation, [], []
-        for sequence in features:
-            frames = preparation.test_frames(sequence.shape[1])
-            # Clips of the same frames, such as all those of a sequence as long as a clip, run once.
-            distinct, which = np.unique(frames, axis=0, return_inverse=True) if len(frames) > 1 else (frames, np.zeros(1, int))
-            pending.append((sequence, distinct))
-            spread.append(which.reshape(-1))
-        answers = iter(self._run(pending))
+        chosen = [self._clips(sequence.shape[1]) for sequence in features]
+        answers = iter(self._run([(sequence, frames) for sequence, (distinct, _) in zip(features, chosen, strict=True)
+                                  for frames in distinct]))
         predictions = []
-        for which in spread:
-            answer = torch.stack([next(answers) for _ in range(int(which.max()) + 1)])[torch.from_numpy(which)]
+        for distinct, which in chosen:
+            answer = torch.stack([next(answers) for _ in distinct])[which]
             clips = answer if self._gives_probabilities else answer.softmax(1)
             predictions.append(Prediction(clips.mean(0).numpy(), self.label_names))
         return predictions
 
-    def _run(self, pending: Sequence[tuple[NDArray[np.float32], NDArray[np.int64]]]) -> list[torch.Tensor]:
-        """What the network says about each clip, in forward passes of at most ``batch_size``."""
-        clips = [(sequence, frames) for sequence, distinct in pending for frames in distinct]
+    def _distinct_clips(self, num_frames: int) -> tuple[NDArray[np.int64], torch.Tensor]:
+        """Frames (distinct clips, L) of the test clips, and which of them each clip is: those of a sequence as long as a clip
+        are all the same, and run once."""
+        distinct, which = np.unique(self.inputs.preparation.test_frames(num_frames), axis=0, return_inverse=True)
+        return distinct, torch.from_numpy(which.reshape(-1))
+
+    def _run(self, clips: Sequence[tuple[NDArray[np.float32], NDArray[np.int64]]]) -> list[torch.Tensor]:
+        """What the network says about the frames of each sequence, in forward passes of at most ``batch_size``."""
         answers: list[torch.Tensor] = []
         for first in range(0, len(clips), self.batch_size):
             made = [self.inputs.preparation.clips(sequence, frames[None]) for sequence, frames in
