@@ -19,6 +19,9 @@ _PUBLIC = {
     "Skeleton": "skeleton",
     "BlockPattern": "kernels",
     "Archive": "data.archive",
+    "Predictor": "predictor",
+    "StreamPredictor": "streaming.predictor",
+    "RollingPredictor": "streaming.rolling",
     "optimize": "runtime",
     "Ensemble": "recognizer",
     "backends": "kernels",
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from .data.archive import Archive as Archive
     from .kernels import BlockPattern as BlockPattern
     from .kernels import backends as backends
+    from .predictor import Predictor as Predictor
     from .recognizer import Ensemble as Ensemble
     from .recognizer import Recognizer as Recognizer
     from .runtime import optimize as optimize
@@ -39,6 +43,8 @@ if TYPE_CHECKING:
     from .sparsity import compact as compact
     from .sparsity import densify as densify
     from .sparsity import sparsify as sparsify
+    from .streaming.predictor import StreamPredictor as StreamPredictor
+    from .streaming.rolling import RollingPredictor as RollingPredictor
 
 
 def __getattr__(name: str) -> Any:

@@ -4,21 +4,21 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from . import backbones, sparsity
-from .benchmark import gpu_model, networks, ops, scaling
+from .benchmark import gpu_model, networks, ops, prediction, scaling
 from .benchmark.gpu_cards import CARDS
 from .benchmark.measure import environment
 from .benchmark.networks import Pattern, Setting
 from .benchmark.table import Row, markdown, pivot
 from .errors import UserError, one_of, run, validating
 
-WHAT = ("ops", "inference", "training", "warmup", "scaling")
+WHAT = ("ops", "inference", "training", "warmup", "scaling", "predict")
 
 
 @dataclass
@@ -32,7 +32,7 @@ class BenchConfig:
 
     what: tuple[str, ...] = WHAT
     """Which parts: ops, inference, training (a step on live blocks), warmup (a dense step with the group lasso),
-    scaling (how the cost grows with N, M, T and the live blocks)."""
+    scaling (how the cost grows with N, M, T and the live blocks), predict (a user's wait: start, one call, streams)."""
     backbones: tuple[str, ...] = tuple(backbones.BACKBONES)
     levels: tuple[float, ...] = (0.0, 0.6, 0.8, 0.95, 0.99)
     """Sparsities of the maskable weights; 0 is this package's own dense network."""
@@ -47,6 +47,10 @@ class BenchConfig:
     classes: int = 60
     rounds: int = 7
     """Each round times every candidate once, in turn; medians are printed."""
+    calls: int = 2000
+    """Calls of Predictor in a row."""
+    stream_frames: int = 100_000
+    """Frames of the stream whose memory is watched, that of the first backbone."""
     compile: bool = True
     """Include torch.compile among the dense engines."""
     gpu_model: str | None = None
@@ -68,7 +72,7 @@ class BenchConfig:
         with validating("--blocks"):
             for block in self.blocks:
                 sparsity.parse_block(block)
-        for name in ("persons", "frames", "classes", "rounds"):
+        for name in ("persons", "frames", "classes", "rounds", "calls", "stream_frames"):
             if getattr(self, name) < 1:
                 raise UserError(f"Expected --{name} to be at least 1. Got {getattr(self, name)}.")
         for name in ("backbones", "what", "levels", "blocks", "density", "batches", "threads"):
@@ -127,19 +131,35 @@ def growth(config: BenchConfig) -> list[scaling.Growth]:
     return scaling.network(here, Pattern(0.95, config.blocks[0]), config.rounds) + scaling.live_blocks(threads, config.rounds)
 
 
-def write(path: Path, config: BenchConfig, rows: list[Row], grown: list[scaling.Growth]) -> None:
+def waits(config: BenchConfig) -> prediction.Waits:
+    """What a user waits for: ST-GCN on every number of threads, a fresh process, every backbone as a stream on one thread."""
+    settings = [Setting("stgcn", 1, threads, config.persons, config.frames, config.classes) for threads in config.threads]
+    latencies = []
+    for setting in settings:
+        torch.set_num_threads(setting.threads)
+        latencies.append(prediction.latency(setting, config.calls, config.rounds))
+    torch.set_num_threads(1)
+    first, *others = (replace(settings[0], backbone=name) for name in config.backbones)
+    rows = prediction.streams(first, frames=config.stream_frames) + prediction.streams(first, sparsity=0)
+    rows += [row for other in others for row in prediction.streams(other)]
+    return prediction.Waits(latencies, prediction.start(settings[0]), rows)
+
+
+def write(path: Path, config: BenchConfig, rows: list[Row], grown: list[scaling.Growth], waited: prediction.Waits | None = None
+          ) -> None:
     """The rows with the settings and the environment that they depend on, as JSON and as markdown."""
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {"config": asdict(config), "environment": environment(), "rows": [asdict(row) for row in rows],
-              "scaling": [asdict(row) for row in grown]}
+              "scaling": [asdict(row) for row in grown], **({"predict": asdict(waited)} if waited else {})}
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(tables(rows, grown) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(tables(rows, grown, waited) + "\n", encoding="utf-8")
 
 
-def tables(rows: list[Row], grown: list[scaling.Growth]) -> str:
-    """The pivot, all rows, and the growth of the cost, as far as they were measured."""
+def tables(rows: list[Row], grown: list[scaling.Growth], waited: prediction.Waits | None = None) -> str:
+    """The pivot, all rows, the growth of the cost, and a user's wait, as far as they were measured."""
     made = [pivot(rows), markdown(rows)] if rows else []
-    return "\n\n".join(made + ([scaling.markdown(grown)] if grown else []))
+    made += [scaling.markdown(grown)] if grown else []
+    return "\n\n".join(made + ([prediction.markdown(waited)] if waited else []))
 
 
 def predict(card: str, out: Path | None) -> str:
@@ -173,10 +193,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     rows = measure(config, (lambda rows: write(out, config, rows, [])) if out else None)
     grown = growth(config) if "scaling" in config.what else []
+    waited = waits(config) if "predict" in config.what else None
     if out:
-        write(out, config, rows, grown)
+        write(out, config, rows, grown, waited)
     print(", ".join(f"{name} {value}" for name, value in environment().items()))
-    print(tables(rows, grown))
+    print(tables(rows, grown, waited))
     return 0
 
 

@@ -17,6 +17,7 @@ VERBS = {
     "train": "train a sparse or dense network in two stages",
     "evaluate": "test a trained network and write its scores",
     "multilevel": "train nested sparsity levels as one network",
+    "predict": "say what is done in files with joints, or in a stream of frames",
     "lottery": "learn masks on frozen weights, or prune by magnitude, over sparsity",
     "ensemble": "test several sparsity levels as one network and write it as one file",
     "fuse": "combine score files of several streams or networks",

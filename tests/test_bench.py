@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparse_stgcn import bench
-from sparse_stgcn.benchmark import suite
+from sparse_stgcn.benchmark import prediction, suite
 from sparse_stgcn.benchmark.measure import WrongResult
 from sparse_stgcn.benchmark.networks import Pattern, Setting, inference, training, warmup
 from sparse_stgcn.benchmark.peers import candidate
@@ -123,3 +123,15 @@ def test_growth_of_the_cost(tmp_path):
     assert all(r.proportional == 1 for r in rows[::3]) and all(r.seconds > 0 for r in rows)
     dense = scaling.live_blocks(1, rounds=1, channels=16, frames=8, samples=2)
     assert dense[-1].size == 1 and dense[0].floor > 0 and len(scaling.markdown(dense).splitlines()) == len(dense) + 2
+
+
+@native
+def test_what_a_user_waits_for_is_measured():
+    setting = Setting("stgcn", 1, 1, persons=1, frames=16, classes=4, width=16)
+    call = prediction.latency(setting, calls=20, rounds=2)
+    assert 0 < call.median <= call.p99 and call.dense is None  # no ONNX here, see above
+    rows = prediction.streams(setting, frames=40)
+    assert [row.chunk for row in rows] == [1, 4, 16] and all(row.error <= 1e-5 and row.rate > 0 for row in rows)
+    waits = prediction.Waits([call], prediction.Start(1.0, 0.5, 0.25, 2.0, 1.75), rows)
+    table = prediction.markdown(waits)
+    assert "| seconds | 1.00 | 0.50 | 0.25 | 2.00 | 1.75 |" in table and table.count("| stgcn 0.95 |") == 3

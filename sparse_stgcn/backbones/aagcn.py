@@ -62,14 +62,19 @@ class AdaptiveGraphUnit(nn.Module):
             nn.init.kaiming_normal_(self.fc1c.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        convs: Any = (self.conv_a, self.conv_b, self.conv_d)
-        conv_a, conv_b, conv_d = map(list, convs)
         x, for_graphs, for_shortcut = share(x, 3)
-        embedded = stacked([*conv_a, *conv_b], for_graphs)
-        graphs = aa_graph(embedded.unflatten(1, (2, len(conv_d), -1)), self.alpha, self.A)
-        y = sum_over_graphs(conv_d, x, graphs)
-        y = normalise(self.bn, y, self.down(for_shortcut), relu=True)
+        y = self.with_graphs(x, for_shortcut, aa_graph(self.embedded_pairs(for_graphs), self.alpha, self.A))
         return self._attend(y) if self.attention else y
+
+    def embedded_pairs(self, x: Tensor) -> Tensor:
+        """(N, 2, K, R, T, V): conv_a of all subsets, then conv_b."""
+        convs: Any = [*self.conv_a, *self.conv_b]
+        return stacked(convs, x).unflatten(1, (2, len(self.conv_d), -1))
+
+    def with_graphs(self, x: Tensor, for_shortcut: Tensor, graphs: Tensor) -> Tensor:
+        """The unit before its attention where the graphs (N, K, V, V) are given; both inputs are x."""
+        convs: Any = list(self.conv_d)
+        return normalise(self.bn, sum_over_graphs(convs, x, graphs), self.down(for_shortcut), relu=True)
 
     def _attend(self, y: Tensor) -> Tensor:
         layers = (self.conv_sa, self.conv_ta, self.fc1c, self.fc2c)

@@ -48,8 +48,11 @@ class ChannelGraphUnit(nn.Module):
         nn.init.constant_(self.bn.weight, 1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.with_mean(*share(x, 2, mean=True))
+
+    def with_mean(self, x: Tensor, for_shortcut: Tensor, mean: Tensor) -> Tensor:
+        """The unit where the mean over time (N, I, 1, V), which makes the graphs, is given; both inputs are x."""
         convs: Any = list(self.convs)
-        x, for_shortcut, mean = share(x, 2, mean=True)
         embedded = stacked([c for conv in convs for c in (conv.conv1, conv.conv2)], mean)
         wide = stacked([conv.conv3 for conv in convs], x)
         last = [conv.conv4 for conv in convs]

@@ -36,7 +36,10 @@ class GroupGraphUnit(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, for_shortcut, mean = share(x, 2, mean=True)
+        return self.with_mean(*share(x, 2, mean=True))
+
+    def with_mean(self, x: Tensor, for_shortcut: Tensor, mean: Tensor) -> Tensor:
+        """The unit where the mean over time (N, I, 1, V), which makes the graphs, is given; both inputs are x."""
         grouped = lambda y: y.unflatten(1, (self.subsets, -1))
         y = dg_aggregate(
             grouped(self.pre(x)),

@@ -38,7 +38,7 @@ def body_axes(skeleton: Skeleton) -> BodyAxes:
     aligned.
     """
     centre = skeleton.root if skeleton.center is None else skeleton.center
-    index = {_plain(name): i for i, name in reversed(list(enumerate(skeleton.joints)))}
+    index = {plain_name(name): i for i, name in reversed(list(enumerate(skeleton.joints)))}
     return BodyAxes(centre, skeleton.spine or _spine(index), skeleton.shoulders or _shoulders(index))
 
 
@@ -56,7 +56,8 @@ def _shoulders(index: dict[str, int]) -> tuple[int, int] | None:
     return None
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """The name of a joint without what spellings differ in: case, "_" and "-"."""
     return " ".join(str(name).lower().replace("_", " ").replace("-", " ").split())
 
 

@@ -12,9 +12,7 @@ from torch.utils.data import Dataset, get_worker_info
 from ..errors import UserError
 from . import transforms as tf
 from .archive import Archive
-from .body import body_axes
-
-SAMPLERS = ("uniform", "decode")
+from .preparation import IMAGE, Preparation
 
 
 class SkeletonDataset(Dataset[tuple[Tensor, int, int]]):
@@ -67,15 +65,11 @@ class SkeletonDataset(Dataset[tuple[Tensor, int, int]]):
         sampler: str = "uniform",
         cache_bytes: int = 512 << 20,
     ) -> None:
-        for name, value, least in (("clip_len", clip_len, 1), ("num_clips", num_clips, 1), ("rotate", rotate, 0),
-                                   ("scale", scale, 0), ("cache_bytes", cache_bytes, 0), ("seed", seed, 0),
-                                   ("num_person", archive.num_persons if num_person is None else num_person, 1)):
-            if not value >= least:
-                raise UserError(f"Expected {name} of at least {least}. Got {name}={value}.")
-        if missing not in tf.MISSING:
-            raise UserError(f"Expected missing to be one of {', '.join(tf.MISSING)}. Got missing={missing!r}.")
-        if sampler not in SAMPLERS:
-            raise UserError(f"Expected sampler to be one of {', '.join(SAMPLERS)}. Got sampler={sampler!r}.")
+        for name, value in (("rotate", rotate), ("scale", scale), ("cache_bytes", cache_bytes), ("seed", seed)):
+            if not value >= 0:
+                raise UserError(f"Expected {name} of at least 0. Got {name}={value}.")
+        self.num_person = archive.num_persons if num_person is None else num_person
+        self.preparation = Preparation(archive.skeleton, stream, clip_len, num_clips, self.num_person, align, missing, sampler)
         self.archive = archive
         self.members = archive.members(split)
         if not len(self.members):
@@ -83,14 +77,11 @@ class SkeletonDataset(Dataset[tuple[Tensor, int, int]]):
         if missing == "keep":
             archive.check_finite()
         self.stream = stream
-        self.features = tf.streams_of(stream)
+        self.features = self.preparation.feats
         self.clip_len, self.num_clips, self.train, self.seed = clip_len, num_clips, train, seed
-        self.num_person = archive.num_persons if num_person is None else num_person
-        self.align, self.rotate, self.scale = align, rotate, scale
-        self.missing, self.sampler = missing, sampler
+        self.rotate, self.scale = rotate, scale
         self.labels = torch.from_numpy(archive.label[self.members])
         self.epoch = 0
-        self._axes = body_axes(archive.skeleton)
         self._cache: dict[int, np.ndarray] = {}
         self._cache_bytes, self._cached = cache_bytes, 0
 
@@ -121,23 +112,21 @@ class SkeletonDataset(Dataset[tuple[Tensor, int, int]]):
     def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The samples `indices` stacked: keypoint (B, M, L, V, C) or (B, clips, M, L, V, C), labels (B,), indices (B,)."""
         index = np.asarray(indices, dtype=np.int64)
-        clips = 1 if self.train else self.num_clips
-        persons, joints, length = self.num_person, len(self.archive.skeleton), clips * self.clip_len
-        out = np.zeros((len(index), persons, length, joints, self.in_channels), np.float32)
-        for row, i in zip(out, index.tolist(), strict=True):
-            sequence = self.sequence(i)[:persons]
-            if self.train:
-                rng = self._generator(i)
-                frames = tf.uniform_sample(sequence.shape[1], length, rng)
-            else:
-                frames = tf.sample_test_clips(sequence.shape[1], self.clip_len, clips,
-                                              decode=self.sampler == "decode").ravel()
-            np.take(sequence, frames, axis=1, out=row[:len(sequence)], mode="clip")
-            if self.train and (self.rotate or self.scale):
-                self._augment(row, rng)
-        if not self.train:
-            out = np.ascontiguousarray(out.reshape(len(index), persons, clips, self.clip_len, joints, -1).swapaxes(1, 2))
-        return torch.from_numpy(out), self.labels[index], torch.from_numpy(index)
+        clips = np.stack([self._random_clip(i) if self.train else self._test_clips(i) for i in index.tolist()])
+        return torch.from_numpy(clips), self.labels[index], torch.from_numpy(index)
+
+    def _random_clip(self, index: int) -> np.ndarray:
+        """(M, L, V, C) of the current epoch, turned and scaled at random if asked."""
+        sequence, rng = self.sequence(index), self._generator(index)
+        clip = self.preparation.clips(sequence, tf.uniform_sample(sequence.shape[1], self.clip_len, rng)[None])[0]
+        if self.rotate or self.scale:
+            self._augment(clip, rng)
+        return clip
+
+    def _test_clips(self, index: int) -> np.ndarray:
+        """(clips, M, L, V, C)."""
+        sequence = self.sequence(index)
+        return self.preparation.clips(sequence, self.preparation.test_frames(sequence.shape[1]))
 
     def batches(
         self, batch_size: int, epoch: int | None = None, shuffle: bool = True, drop_last: bool = False, start: int = 0
@@ -161,34 +150,16 @@ class SkeletonDataset(Dataset[tuple[Tensor, int, int]]):
             return known
         member = int(self.members[index])
         keypoint, score = self.archive.read(member)
-        features = np.ascontiguousarray(self._features(keypoint, score, member), dtype=np.float32)
+        features = self.preparation.features(keypoint, score, self.archive.is_2d, self._image(member))
         worker = get_worker_info()  # workers draw different sequences: each has its share of the memory
         if self._cached + features.nbytes <= self._cache_bytes // (worker.num_workers if worker else 1):
             self._cached += features.nbytes
             self._cache[index] = features
         return features
 
-    def _features(self, keypoint: np.ndarray, score: np.ndarray | None, member: int) -> np.ndarray:
-        flat = self.archive.is_2d
-        if flat:
-            if score is None:
-                # No confidence given: 1 for every joint that was seen.
-                score = (np.isfinite(keypoint).all(axis=-1) & (keypoint != 0).any(axis=-1)).astype(keypoint.dtype)
-            keypoint = np.concatenate([keypoint, score[..., None]], axis=-1)
-        keypoint = tf.fill_missing(keypoint, self.missing, 2 if flat else 3)
-        if flat:
-            keypoint = tf.pre_normalize_2d(keypoint, image=self._image(member))
-        else:
-            axes = self._axes
-            keypoint = tf.pre_normalize_3d(keypoint, axes.centre, axes.spine if self.align else None,
-                                           axes.shoulders if self.align else None)
-        # PYSKL averages the scores of consecutive frames for coco and openpose, not for hands.
-        motion_score = flat and self.archive.skeleton.name != "handmp"
-        return tf.skeleton_features(keypoint, self.features, self.archive.skeleton.bones, flat, motion_score)
-
     def _image(self, member: int) -> tuple[float, float]:
         shapes = self.archive.fields.get("img_shape")
-        return (1080.0, 1920.0) if shapes is None else (float(shapes[member][0]), float(shapes[member][1]))
+        return IMAGE if shapes is None else (float(shapes[member][0]), float(shapes[member][1]))
 
     def _augment(self, row: np.ndarray, rng: np.random.Generator) -> None:
         """Random rotation and scale of one clip in place. Streams are linear in the joints, so each is turned alike."""

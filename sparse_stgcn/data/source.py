@@ -95,10 +95,15 @@ def layout_for(joints: int, channels: int, layout: Any, where: str) -> Skeleton:
 
 
 def pick_persons(keypoint: np.ndarray, score: np.ndarray | None, limit: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """The `limit` persons of (T, M, V, C) that matter most, in their order: with scores those with the greatest sum of
-    scores, otherwise those seen in most frames."""
+    """The persons of (T, M, V, C) whom `persons_that_matter` chooses, where there are more than `limit`."""
     if keypoint.shape[1] <= limit:
         return keypoint, score
-    weight = (keypoint != 0).any(axis=(2, 3)).sum(axis=0) if score is None else score.sum(axis=(0, 2), dtype=np.float64)
-    chosen = np.sort(np.argsort(-weight, kind="stable")[:limit])
+    chosen = persons_that_matter(keypoint, score, limit)
     return keypoint[:, chosen], None if score is None else score[:, chosen]
+
+
+def persons_that_matter(keypoint: np.ndarray, score: np.ndarray | None, limit: int) -> np.ndarray:
+    """The `limit` persons of (T, M, V, C) that matter most, in their order: with scores those with the greatest sum of
+    scores, otherwise those seen in most frames."""
+    weight = (keypoint != 0).any(axis=(2, 3)).sum(axis=0) if score is None else score.sum(axis=(0, 2), dtype=np.float64)
+    return np.sort(np.argsort(-weight, kind="stable")[:limit])

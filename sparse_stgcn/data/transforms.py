@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -42,13 +43,41 @@ def pre_normalize_3d(
     if main:
         order = [main, *(m for m in range(len(keypoint)) if m != main)]
         keypoint = keypoint[order]
-    present = (keypoint != 0).any(axis=-1, keepdims=True)
-    keypoint = (keypoint - keypoint[0, 0, centre].copy()) * present
-    if spine is not None:
-        keypoint = _turn(keypoint, keypoint[0, 0, spine[1]] - keypoint[0, 0, spine[0]], (0, 0, 1))
-    if shoulders is not None:
-        keypoint = _turn(keypoint, keypoint[0, 0, shoulders[0]] - keypoint[0, 0, shoulders[1]], (1, 0, 0))
-    return keypoint
+    return Anchor.of(keypoint[0, 0], centre, spine, shoulders).apply(keypoint)
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Where the body of one frame stands and which way it faces: what `pre_normalize_3d` takes away from all frames.
+
+    Attributes:
+        origin: (3,), the position of the centre joint.
+        turns: rotations (3, 3), applied one after the other.
+    """
+
+    origin: np.ndarray
+    turns: tuple[np.ndarray, ...] = ()
+
+    @classmethod
+    def of(cls, body: np.ndarray, centre: int, spine: tuple[int, int] | None, shoulders: tuple[int, int] | None) -> Anchor:
+        """The anchor of a body (V, 3); the arguments are those of `pre_normalize_3d`."""
+        anchor = cls(body[centre].copy())
+        for joints, target in ((spine, (0, 0, 1)), (shoulders and shoulders[::-1], (1, 0, 0))):
+            if joints is not None:
+                turned = anchor.apply(body[None, None])[0, 0]
+                direction = turned[joints[1]] - turned[joints[0]]
+                turn = _rotation_about(np.cross(direction, target), _angle(direction, np.asarray(target)))
+                anchor = cls(anchor.origin, (*anchor.turns, turn))
+        return anchor
+
+    def apply(self, keypoint: np.ndarray) -> np.ndarray:
+        """(M, T, V, 3) seen from the anchor; joints that are exactly (0, 0, 0) are not moved there."""
+        present = (keypoint != 0).any(axis=-1, keepdims=True)
+        keypoint = (keypoint - self.origin) * present
+        for turn in self.turns:
+            # einsum and not matmul: BLAS would sum the three terms in another order.
+            keypoint = np.einsum("mtvc,dc->mtvd", keypoint, turn)
+        return keypoint
 
 
 def pre_normalize_2d(
@@ -79,12 +108,6 @@ def pre_normalize_2d(
                 out[..., axis] = (out[..., axis] - (high[axis] + low[axis]) / 2) / (high[axis] - low[axis]) * 2
     out[..., :2][hidden] = 0
     return out
-
-
-def _turn(keypoint: np.ndarray, direction: np.ndarray, target: tuple[int, int, int]) -> np.ndarray:
-    # einsum and not matmul: BLAS would sum the three terms in another order.
-    axis = np.cross(direction, target)
-    return np.einsum("mtvc,dc->mtvd", keypoint, _rotation_about(axis, _angle(direction, np.asarray(target))))
 
 
 def _angle(a: np.ndarray, b: np.ndarray) -> float:

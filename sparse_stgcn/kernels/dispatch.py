@@ -172,10 +172,14 @@ def gpu_of(device: torch.device) -> Gpu | None:
     return gpu_at(device.index or 0) if device.type == "cuda" else None
 
 
-@torch.compiler.assume_constant_result
 def gpu_at(index: int) -> Gpu | None:
     """What can run on a GPU of this process, or None where torch sees no such GPU."""
     return _gpu_at(index)
+
+
+# What torch.compiler.assume_constant_result does; itself it imports torch's compiler, which doubles the time that a process
+# needs for its first prediction.
+gpu_at._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=64)

@@ -234,9 +234,9 @@ def protocol(config: TrainConfig, archive: Archive) -> dict[str, Any]:
     """How test scores come about, for score files and checkpoints."""
     return {"data": archive.name, "split": archive.info.get("split"), "backbone": config.backbone,
             "sparsity": config.sparsity, "stream": config.stream, "clips": config.eval_clips,
-            "clip_len": config.clip_len, "num_person": config.num_person, "align": config.align,
-            "missing": config.missing, "layout": archive.skeleton.name,
-            "average": "softmax, then mean over clips"}
+            "clip_len": config.clip_len, "num_person": config.num_person, "persons": archive.num_persons, "align": config.align,
+            "missing": config.missing, "layout": archive.skeleton.name, "coordinates": int(archive.keypoint.shape[-1]),
+            "fps": archive.info.get("fps"), "average": "softmax, then mean over clips"}
 
 
 def set_up_torch(config: TrainConfig) -> None:
