@@ -180,7 +180,7 @@ class ParetoPlot:
         plots.save(plots.pareto(points, label), self.out)
         untimed = sum(cost(entry) is None for entry in results.entries)
         return (f"{len(points)} networks from {len(results.entries) - untimed} runs, {len(plots.front(points))} on the front"
-                + (f"; {untimed} runs without a timing left out" if untimed else ""))
+                + (f"; left out for want of a timing: {untimed}" if untimed else ""))
 
 
 Kind: TypeAlias = (  # tyro makes a subcommand of each

@@ -146,6 +146,6 @@ def _result(work_dir: Path) -> dict[str, Any]:
         missing = {"test", "one_clip", "weights", "file", "seconds", "environment", "config", "history"} - set(result)
         if missing:
             raise ValueError(f"no {min(missing)}")
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"Expected {work_dir / 'result.json'} to be the result of a training run. Got: {error}.") from error
     return result

@@ -98,7 +98,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
         records = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)["history"]
         if not records or not all("loss" in record and "stage" in record for record in records):
             raise ValueError("no epochs")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"Expected {path} to hold the history of a run. Got: {error}.") from error
     return records
 

@@ -18,6 +18,8 @@ __all__ = ["Results", "latency", "names", "points", "read_results", "size"]
 # What two runs of one network may differ in: they are averaged over these, and where they ran does not count.
 _AVERAGED = ("seed", "fold", "warmup_epochs", "work_dir", "device", "threads", "workers", "tensorboard")
 
+_ROW = ("what", "subject", "batch", "threads", "sparsity", "block", "density", "seconds")  # what is read of a timing
+
 Cost = Callable[[Entry], "float | None"]
 
 
@@ -28,7 +30,7 @@ class Results:
     Attributes:
         entries: networks with their ``config``, ``test`` and ``bytes``.
         rows: timings, as ``benchmark.table.Row`` has them.
-        setting: of the benchmark: its ``config`` and ``environment``.
+        setting: of the benchmark: ``persons`` and ``frames`` of a sample, and the ``processor``.
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -50,11 +52,12 @@ def read_results(paths: Sequence[str | Path]) -> Results:
             if "entries" in content:
                 results.entries += [_checked(entry) for entry in content["entries"]]
             elif "rows" in content:
-                results.rows += content["rows"]
-                results.setting = {key: content[key] for key in ("config", "environment")}
+                results.rows += [{key: row[key] for key in _ROW} for row in content["rows"]]
+                results.setting = {"persons": content["config"]["persons"], "frames": content["config"]["frames"],
+                                   "processor": content["environment"]["processor"]}
             else:
                 results.entries.append(_checked({**content, "bytes": content["file"]["bytes"]}))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"Expected {path} to hold results of sparse_stgcn.sweep, train or bench. Got: "
                             f"{' '.join(str(error).split())}.") from error
     return results
@@ -120,9 +123,9 @@ def latency(results: Results, batch: int = 1) -> tuple[Cost, str]:
             all(row[key] == config[key] for key in ("sparsity", "block", "density")))]
         return min((1e3 * row["seconds"] / batch for row in mine), default=None)
 
-    config, environment = results.setting["config"], results.setting["environment"]
-    return milliseconds, (f"latency (ms per sample of {config['persons']} x {config['frames']} frames; batch {batch}, "
-                          f"{threads} threads, {environment['processor']})")
+    setting = results.setting
+    return milliseconds, (f"latency (ms per sample of {setting['persons']} x {setting['frames']} frames; batch {batch}, "
+                          f"{threads} threads, {setting['processor']})")
 
 
 def _checked(entry: Mapping[str, Any]) -> Entry:
