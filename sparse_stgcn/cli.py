@@ -22,6 +22,8 @@ VERBS = {
     "ensemble": "test several sparsity levels as one network and write it as one file",
     "fuse": "combine score files of several streams or networks",
     "sweep": "run an experiment of many trainings, and write its tables and figures",
+    "plot": "draw a skeleton, a confusion matrix, masks, training curves, or what accuracy costs",
+    "report": "write one HTML page of a run or a sweep, with playback of test sequences",
     "info": "parameters and multiply-adds of a network, per block",
     "export": "write a network for torch.export, ONNX Runtime or a smaller file",
     "convert": "make an archive from other formats",
