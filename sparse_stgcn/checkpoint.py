@@ -41,7 +41,7 @@ from .recognizer import Ensemble, Recognizer
 from .sparsity import maskable_convs
 
 __all__ = ["dense_bytes", "from_paper", "from_pyskl", "load", "pack", "read_metadata", "read_tensors", "save",
-           "to_pyskl", "unpack", "write_atomically", "write_tensors"]
+           "size", "to_pyskl", "unpack", "write_atomically", "write_tensors"]
 
 FORMAT = 1
 KEY = "sparse_stgcn"
@@ -62,6 +62,12 @@ def save(model: nn.Module, path: str | Path, **meta: Any) -> int:
     """
     tensors, description = pack_members(model.members) if isinstance(model, Ensemble) else pack(model)
     return write_tensors(path, tensors, {**description, "meta": meta})
+
+
+def size(model: nn.Module, **meta: Any) -> int:
+    """Size in bytes of the file that :func:`save` would write."""
+    tensors, description = pack_members(model.members) if isinstance(model, Ensemble) else pack(model)
+    return len(_serialised(tensors, {**description, "meta": meta}))
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
@@ -192,9 +198,13 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], description: 
     Raises:
         OSError: the directory is missing or full; ``path`` is then as it was, and no temporary file is left.
     """
+    return write_atomically(path, _serialised(tensors, description))
+
+
+def _serialised(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> bytes:
     from safetensors.torch import save as serialise
 
-    return write_atomically(path, serialise(dict(tensors), {KEY: json.dumps(description)}))
+    return serialise(dict(tensors), {KEY: json.dumps(description)})
 
 
 def write_atomically(path: str | Path, content: bytes) -> int:
