@@ -22,8 +22,10 @@ from ..data.archive import Archive
 from ..data.dataset import SkeletonDataset
 from ..errors import UserError, validating
 from ..kernels import backends
+from ..recognizer import Recognizer
 from ..scores import predict
 from ..sparsity import densify, sparsify, summary
+from .auto import Automatic, Problem, verified
 from .checkpoint import load_model
 from .loop import STATE, Trainer
 from .report import Report
@@ -39,7 +41,7 @@ class Run:
 
     config: TrainConfig
     archive: Archive
-    model: nn.Module
+    model: Recognizer
     trainer: Trainer
     work_dir: Path
 
@@ -61,10 +63,7 @@ class Run:
         best = max(tested, key=lambda record: record["test_accuracy"])
         kept, metrics = summary(self.model), scores.metrics()
         scores.save(self.work_dir / "scores.npz")
-        size = checkpoint.save(
-            self.model, self.work_dir / "model.safetensors", label_names=list(self.archive.label_names),
-            protocol=dict(scores.protocol), metrics=metrics, sparsity=config.sparsity, seed=config.seed,
-            mask=mask_of(config))
+        size = checkpoint.save(self.model, self.work_dir / "model.safetensors", **meta(config, self.archive, metrics))
         dense = checkpoint.dense_bytes(self.model)
         result = {
             "test": {**metrics, "samples": len(scores.label), "protocol": dict(scores.protocol)},
@@ -75,6 +74,7 @@ class Run:
                         "all_kept_fraction": kept.kept_parameters_fraction},
             "file": {"bytes": size, "dense_bytes": dense, "times_smaller": dense / size},
             "seconds": seconds,
+            **({"auto": chosen} if (chosen := verified(self.work_dir, self.model, config)) else {}),
             "environment": environment(self.trainer.device),
             "config": config.to_dict(),
             "history": history,
@@ -107,21 +107,30 @@ def prepare(config: TrainConfig, report: Report | None = None) -> Run:
         else:
             if full.init is not None:
                 start_from(model, full.init)
-            if full.sparsity > 0:
-                sparsify(model, full.sparsity, full.block, full.method, full.density, full.scope, full.seed,
+            if full.sparse and not full.automatic:
+                sparsify(model, float(full.sparsity), full.block, full.method, full.density, full.scope, full.seed,
                          full.mask_file)
         if full.method == "predefined":
             full.sparsity = round(1 - summary(model).kept_fraction, 6)
+        problem = automatic(full, archive) if full.automatic else None
     work_dir = Path(full.work_dir) if full.work_dir else new_work_dir(full, archive)
     if config.resume is None:
         create_work_dir(work_dir)
         full.work_dir = str(work_dir)
         full.write(work_dir / "config.yaml")
     trainer = Trainer(full, model.to(full.device), train_set, quick_test, work_dir, report)
+    if problem is not None:
+        trainer.method = Automatic(trainer, problem)
     if resuming:
         with validating("--resume"):
             trainer.resume()
     return Run(full, archive, model, trainer, work_dir)
+
+
+def automatic(config: TrainConfig, archive: Archive) -> Problem:
+    """What an automatic run has to choose; the random state of torch is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        return Problem.of(config, network(config, archive), meta(config, archive))
 
 
 def open_archive(config: TrainConfig) -> Archive:
@@ -175,7 +184,7 @@ def test_set(config: TrainConfig, archive: Archive) -> SkeletonDataset:
     return dataset(config, archive, "test", train=False)
 
 
-def network(config: TrainConfig, archive: Archive) -> nn.Module:
+def network(config: TrainConfig, archive: Archive) -> Recognizer:
     """The dense network for this data, initialised from the seed."""
     with validating():
         return create_model(config.backbone, archive.num_classes, layout=archive.skeleton,
@@ -208,7 +217,14 @@ def fixed_persons(backbone: str, num_person: int | None) -> dict[str, Any]:
 def mask_of(config: TrainConfig) -> dict[str, Any] | None:
     """How the mask of a run was chosen, for checkpoints; None for a dense network."""
     keys = ("method", "density", "scope", "block", "seed", "mask_file")
-    return {key: getattr(config, key) for key in keys} if config.sparsity > 0 else None
+    return {key: getattr(config, key) for key in keys} if config.sparse else None
+
+
+def meta(config: TrainConfig, archive: Archive, metrics: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """What the checkpoint of a run holds beside the network; without metrics, as much text as there will be."""
+    return {"label_names": list(archive.label_names), "protocol": protocol(config, archive), "sparsity": config.sparsity,
+            "metrics": metrics or dict.fromkeys(("top1", "top5", "mean_class"), 1 / 3), "seed": config.seed,
+            "mask": mask_of(config)}
 
 
 def protocol(config: TrainConfig, archive: Archive) -> dict[str, Any]:
@@ -232,7 +248,7 @@ def set_up_torch(config: TrainConfig) -> None:
 
 def new_work_dir(config: TrainConfig, archive: Archive) -> Path:
     """runs/BACKBONE-DATA-STREAM-SPARSITY, with a number where that exists."""
-    name = f"{config.backbone}-{archive.name}-{config.stream}-{config.sparsity:g}"
+    name = f"{config.backbone}-{archive.name}-{config.stream}-{config.level}"
     path, number = Path("runs") / name, 1
     while path.exists():
         number += 1
