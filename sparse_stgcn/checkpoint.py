@@ -44,7 +44,7 @@ from .recognizer import Ensemble, Recognizer
 from .sparsity import mask_layers, maskable_convs, parse_block
 
 __all__ = ["dense_bytes", "from_paper", "from_pyskl", "load", "pack", "read_metadata", "read_tensors",
-           "rebuild", "save", "to_pyskl", "unpack", "write_atomically", "write_tensors"]
+           "rebuild", "save", "size", "to_pyskl", "unpack", "write_atomically", "write_tensors"]
 
 FORMAT = 2
 READABLE = (1, 2)  # format 1 had float32 and the coding bitmask only, and no values_of
@@ -91,6 +91,12 @@ def save(model: nn.Module, path: str | Path, *, dtype: Dtype = "float32", coding
     """
     tensors, description = pack(model, dtype, coding)
     return write_tensors(path, tensors, {**description, "meta": meta})
+
+
+def size(model: nn.Module, **meta: Any) -> int:
+    """Size in bytes of the file that :func:`save` would write."""
+    tensors, description = pack(model)
+    return len(_serialised(tensors, {**description, "meta": meta}))
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
@@ -255,9 +261,13 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], description: 
     Raises:
         OSError: the directory is missing or full; ``path`` is then as it was, and no temporary file is left.
     """
+    return write_atomically(path, _serialised(tensors, description))
+
+
+def _serialised(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> bytes:
     from safetensors.torch import save as serialise
 
-    return write_atomically(path, serialise(dict(tensors), {KEY: json.dumps(description)}))
+    return serialise(dict(tensors), {KEY: json.dumps(description)})
 
 
 def write_atomically(path: str | Path, content: bytes) -> int:

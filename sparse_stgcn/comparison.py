@@ -30,7 +30,7 @@ def read_nested(folder: str, configs: Sequence[TrainConfig]) -> dict[str, Any]:
     with validating("--nested"):
         result = json.loads(path.read_text(encoding="utf-8"))
     config = result.get("config", {})
-    levels, apart = sorted(config.get("levels", [])), sorted(c.sparsity for c in configs)
+    levels, apart = sorted(config.get("levels", [])), sorted(float(c.sparsity) for c in configs)
     if levels != apart:
         raise UserError(f"Expected --nested with the levels of the work directories, {_join(apart)}. "
                         f"Got {folder} with {_join(levels) or 'none'}.")

@@ -6,12 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
 
 from .errors import UserError, one_of, validating
+
+if TYPE_CHECKING:
+    from .allocation.budget import Budget
 
 __all__ = ["PRESETS", "OptionalInt", "OptionalStr", "TrainConfig", "check_device", "parse", "parse_as"]
 
@@ -59,8 +62,11 @@ class TrainConfig:
     """Network: stgcn, aagcn, ctrgcn or dgstgcn."""
     base_channels: int = 64
     """Channels of the first four blocks; the others have two and four times as many."""
-    sparsity: float = 0.95
-    """Fraction of the maskable weights that is masked, in [0, 1). 0 trains the dense network."""
+    sparsity: float | Literal["auto"] = 0.95
+    """Fraction of the maskable weights that is masked, in [0, 1). 0 trains the dense network; auto: what --budget allows."""
+    budget: OptionalStr = None
+    """With --sparsity auto: 500kB (checkpoint file), 2ms (inference of one sample here), 5% (of the maskable weights), or
+    "1 point" (of accuracy lost at most, measured on held-out training sequences)."""
     data: OptionalStr = None
     """Archive (.npz or directory). Without it the embedded synthetic set is used."""
     split: OptionalStr = None
@@ -82,11 +88,16 @@ class TrainConfig:
     """Weight block, output x input channels. 1x1 is the paper's unstructured mask."""
     method: str = "random"
     """Which blocks live: random (balanced over the rows of a layer), nested (random, inside the masks of lower levels),
-    iid, fan_in (the authors' pooled scores), magnitude (the largest weights, see --init) or predefined (--mask-file)."""
+    biregular (balanced over rows and inputs), iid, fan_in (the authors' pooled scores), magnitude (the largest weights, see
+    --init) or predefined (--mask-file)."""
     mask_file: OptionalStr = None
     """Masks for --method predefined: a checkpoint, a work directory or an .npz of bool arrays. They set the sparsity."""
     density: str = "uniform"
-    """Share of each layer: uniform, or erk (more for small layers)."""
+    """Share of each layer: uniform, erk (more for small layers), or auto (measured early in the warm-up)."""
+    measure_epochs: int = 1
+    """With --density auto: epochs at the start of the warm-up, dense and without penalty, after which it is measured."""
+    trial_epochs: OptionalInt = None
+    """With a budget in points: epochs of the short trainings that are compared. Default: a fifth of the epochs."""
     scope: str = "layer"
     """Where the sparsity holds exactly: in each layer, in each network block, or global."""
     init: OptionalStr = None
@@ -152,6 +163,29 @@ class TrainConfig:
                              "batch size.")
         return self.lr * self.batch_size / self.lr_reference_batch
 
+    @property
+    def sparse(self) -> bool:
+        """Whether weights are masked at all."""
+        return isinstance(self.sparsity, str) or self.sparsity > 0
+
+    @property
+    def level(self) -> str:
+        """The sparsity as text: 0.95, or auto."""
+        return self.sparsity if isinstance(self.sparsity, str) else f"{self.sparsity:g}"
+
+    @property
+    def automatic(self) -> bool:
+        """Whether densities are measured, and not known from the start."""
+        return self.sparse and (self.density == "auto" or self.sparsity == "auto")
+
+    def limit(self) -> Budget:
+        """The budget of an automatic run: ``--budget``, or the weights that ``--sparsity`` keeps."""
+        from .allocation.budget import Budget
+
+        if isinstance(self.sparsity, str):
+            return Budget.parse(self.budget or "")
+        return Budget("weights", 1 - self.sparsity, f"{100 * (1 - self.sparsity):g}%")
+
     def resolved(self: T, preset: str) -> T:
         """A copy in which the keys that are None have the values of ``PRESETS[preset]``, checked again.
 
@@ -161,7 +195,11 @@ class TrainConfig:
         full = replace(self, **{k: v for k, v in PRESETS[preset].items() if getattr(self, k) is None})
         if full.warmup_epochs is None and full.epochs is not None:
             warmup = min(round(WARMUP[preset] * full.epochs), full.epochs - 1)
-            full.warmup_epochs = warmup if full.sparsity > 0 else 0
+            full.warmup_epochs = warmup if full.sparse else 0
+        if full.sparsity == "auto":
+            full.density = "auto"
+            if full.trial_epochs is None and full.epochs is not None:
+                full.trial_epochs = max(1, full.epochs // 5)
         full.validate()
         return full
 
@@ -180,27 +218,27 @@ class TrainConfig:
         streams_of(self.stream)
         one_of("--missing", self.missing, MISSING)
         one_of("--method", self.method, list(METHODS))
-        one_of("--density", self.density, DENSITIES)
+        one_of("--density", self.density, (*DENSITIES, "auto"))
         one_of("--scope", self.scope, SCOPES)
         one_of("--lasso-schedule", self.lasso_schedule, SCHEDULES)
         one_of("--lasso-step", self.lasso_step, LASSO_STEPS)
         one_of("--lasso-group", self.lasso_group, GROUPS)
         with validating("--block"):
             parse_block(self.block)
-        if not 0 <= self.sparsity < 1:
+        if not isinstance(self.sparsity, str) and not 0 <= self.sparsity < 1:
             raise UserError(f"Expected --sparsity in [0, 1), the fraction of weights masked (0.95 keeps "
                             f"5 %). Got {self.sparsity:g}.")
         for name in ("sequences", "epochs", "batch_size", "clip_len", "num_person", "lr_reference_batch",
-                     "eval_every", "eval_clips", "threads", "base_channels"):
+                     "eval_every", "eval_clips", "threads", "base_channels", "trial_epochs"):
             self._at_least(name, 1)
-        for name in ("warmup_epochs", "workers", "fold", "seed"):
+        for name in ("warmup_epochs", "measure_epochs", "workers", "fold", "seed"):
             self._at_least(name, 0)
         for name in ("lasso", "weight_decay", "rotate", "scale"):
             value = getattr(self, name)
             self._number(name, value is None or 0 <= value < math.inf, "a finite number >= 0")
         self._number("lr", 0 < self.lr < math.inf, "a finite number > 0")
         self._number("momentum", 0 < self.momentum < 1, "a number in (0, 1)")
-        if self.sparsity > 0 and self.epochs is not None and self.warmup_epochs is not None \
+        if self.sparse and self.epochs is not None and self.warmup_epochs is not None \
                 and self.warmup_epochs >= self.epochs:
             raise UserError(f"Expected --warmup-epochs below --epochs ({self.epochs}), so that the live "
                             f"blocks are fine-tuned. Got {self.warmup_epochs}.")
@@ -209,6 +247,7 @@ class TrainConfig:
                             f"{'' if self.mask_file is None else f' and --mask-file {self.mask_file}'}.")
         if self.method == "predefined" and self.sparsity == 0:
             raise UserError("Expected --sparsity > 0 with --method predefined, which trains a sparse network. Got 0.")
+        self._check_budget()
         if self.data is not None and not Path(self.data).exists():
             raise UserError(f"Expected --data to be an archive that exists. Got {self.data}; check the path, "
                             "or leave --data out to train on the synthetic set.")
@@ -220,6 +259,18 @@ class TrainConfig:
                             "--fold.")
         if self.device is not None:
             check_device(self.device)
+
+    def _check_budget(self) -> None:
+        if (self.sparsity == "auto") != (self.budget is not None):
+            raise UserError(f"Expected --budget together with --sparsity auto. Got --sparsity {self.sparsity}"
+                            f"{'' if self.budget is None else f' and --budget {self.budget}'}.")
+        if self.sparsity == "auto":
+            self.limit()
+            if self.density == "erk":
+                raise UserError("Expected --sparsity auto with its own densities. Got --density erk; leave it out.")
+        if self.automatic and self.method == "predefined":
+            raise UserError("Expected --mask-file without --sparsity auto and --density auto: a file has its own densities. "
+                            "Remove one of the two.")
 
     def _at_least(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -339,6 +390,8 @@ def _coerce(name: str, value: Any, kind: Any, path: str | Path) -> Any:
     if get_origin(kind) is tuple and isinstance(value, list):
         return tuple(_coerce(name, item, get_args(kind)[0], path) for item in value)
     options = getattr(kind, "__args__", (kind,))
+    if isinstance(value, str) and any(value in get_args(option) for option in options if get_origin(option) is Literal):
+        return value
     if value is None and type(None) in options:
         return None
     target = next(option for option in options if option is not type(None))

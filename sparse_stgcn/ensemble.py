@@ -188,7 +188,7 @@ def lines(result: dict[str, Any]) -> list[str]:
 
 def names_of(configs: Sequence[TrainConfig], work_dirs: Sequence[str]) -> list[str]:
     """How the members are called: by their levels of sparsity, or by their directories where two levels are equal."""
-    levels = [f"{config.sparsity:g}" if config.sparsity else "dense" for config in configs]
+    levels = [config.level if config.sparsity else "dense" for config in configs]
     return levels if len(set(levels)) == len(levels) else list(work_dirs)
 
 

@@ -146,7 +146,7 @@ def check(asked: LotteryConfig) -> TrainConfig:
         except UserError:
             base.device = None
     names = ("epochs", "lr", "device", "threads", "workers")
-    base = replace(base, sparsity=0.0, warmup_epochs=0, method="random", mask_file=None, init=None,
+    base = replace(base, sparsity=0.0, budget=None, warmup_epochs=0, method="random", mask_file=None, init=None,
                    **{k: v for k in names if (v := getattr(asked, k)) is not None})
     base.validate()
     if not 0 <= asked.rewind_epoch < (base.epochs or 1):

@@ -36,14 +36,14 @@ def introduction(config: TrainConfig, job: Any) -> list[str]:
     """What is about to happen, with every number that was not given."""
     archive, trainer = job.archive, job.trainer
     source = "the embedded synthetic set (no --data)" if config.data is None else config.data
-    stages = (f"{config.epochs} epochs, {config.warmup_epochs} of them dense warm-up" if config.sparsity
+    stages = (f"{config.epochs} epochs, {config.warmup_epochs} of them dense warm-up" if config.sparse
               else f"{config.epochs} epochs, dense")
     return [
         f"data      {source}: {len(trainer.train_set)} training and {len(trainer.test_set)} test sequences, "
         f"{archive.num_classes} classes, split {archive.info.get('split')}, stream {config.stream}",
         f"network   {config.backbone}, {archive.skeleton.name} layout, "
-        + ("dense" if not config.sparsity else f"sparsity {config.sparsity:g}, block {config.block}, "
-                                               f"{config.density}"),
+        + ("dense" if not config.sparse else f"sparsity {config.level}{f' ({config.budget})' if config.budget else ''}, "
+                                             f"block {config.block}, {config.density}"),
         f"recipe    {stages}, batch {config.batch_size}, {config.clip_len} frames, seed {config.seed}",
         f"rate      {config.learning_rate:.4g} = {config.lr:g} x {config.batch_size} / "
         f"{config.lr_reference_batch}, cosine to 0; momentum {config.momentum:g}, weight decay "
@@ -55,6 +55,7 @@ def introduction(config: TrainConfig, job: Any) -> list[str]:
 def conclusion(result: dict[str, Any]) -> list[str]:
     """The figures at the end of a run."""
     test, weights, file = result["test"], result["weights"], result["file"]
+    auto = result.get("auto")
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in result["seconds"].items())
     return [
         f"test      top-1 {test['top1']:.2%}, top-5 {test['top5']:.2%}, mean class {test['mean_class']:.2%} "
@@ -64,8 +65,18 @@ def conclusion(result: dict[str, Any]) -> list[str]:
         f"parameters ({weights['all_kept_fraction']:.2%})",
         f"file      {file['bytes'] / 1e3:,.0f} kB, dense {file['dense_bytes'] / 1e3:,.0f} kB "
         f"({file['times_smaller']:.1f} times smaller)",
+        *([] if auto is None else [choice(auto)]),
         f"time      {seconds}",
     ]
+
+
+def choice(auto: dict[str, Any]) -> str:
+    """What was chosen under the budget, and its latency as predicted and as measured in the end."""
+    text = f"auto      budget {auto['budget']}: rule {auto['rule']}, sparsity {auto['sparsity']:.4g}"
+    if "seconds" not in auto["measured"]:
+        return text
+    predicted = next(point["seconds"] for point in auto["points"] if point["chosen"])
+    return f"{text}; inference {1e3 * auto['measured']['seconds']:.3g} ms, predicted {1e3 * predicted:.3g} ms"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from sparse_stgcn.sparsity import mask_layers, maskable_convs, summary
 from sparse_stgcn.training.run import prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*block rows without a weight")
-DRAWN = [name for name in METHODS if name != "predefined"]
+DRAWN = [name for name in METHODS if name not in ("predefined", "biregular")]  # masks of one seed are inside each other
 
 
 def weighted(block: tuple[int, int], shapes: list[tuple[int, int, int]] = SHAPES) -> list[Layer]:
@@ -45,6 +45,16 @@ def test_levels_are_inside_each_other_with_exact_counts(method: str, scope: str,
             for name, pattern in drawn[sparser].items():
                 assert bool((drawn[lower][name].blocks() | ~pattern.blocks()).all())
                 assert drawn[lower][name].num_blocks >= pattern.num_blocks
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.3, 0.9, 0.99])
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_biregular_balances_rows_and_columns(block: tuple[int, int], sparsity: float) -> None:
+    for layer, pattern in zip(layers(block), draw(layers(block), sparsity, "biregular", seed=4).values(), strict=True):
+        blocks = pattern.blocks().numpy()
+        assert np.ptp(blocks.sum((1, 2))) <= 1
+        assert np.ptp(blocks.sum((0, 2))) <= 1
+        assert (blocks.sum((0, 2)) > 0).sum() == min(blocks.sum(), layer.grid[1])
 
 
 @pytest.mark.parametrize("sparsity", [0.55, 0.6, 0.9, 0.95, 0.995])

@@ -7,7 +7,7 @@ import numpy as np
 
 from .plan import Layer
 
-__all__ = ["DENSITIES", "SCOPES", "Density", "budgets", "pools"]
+__all__ = ["DENSITIES", "SCOPES", "Density", "budgets", "pools", "spread"]
 
 DENSITIES = ("uniform", "erk")
 SCOPES = ("layer", "block", "global")
@@ -34,16 +34,25 @@ def budgets(layers: Sequence[Layer], sparsity: float, density: Density = "unifor
         return np.clip(np.round(asked * blocks), lowest, blocks).astype(np.int64)
     for pool in pools(layers, scope):
         chosen = [layers[i] for i in pool]
-        blocks = np.array([layer.num_blocks for layer in chosen], dtype=float)
-        size = np.array([layer.block_weights for layer in chosen])
-        low = lowest[pool]
         share = np.array([layer.share(density) for layer in chosen])
-        target = (1 - sparsity) * float(size @ blocks)
-        ideal = _fill(share * blocks, low, blocks, size, target)
-        whole = np.clip(np.round(ideal), low, blocks) if scope == "layer" and density == "uniform" else \
-            _round_to(ideal, low, blocks, size, target)
-        counts[pool] = whole.astype(np.int64)
+        target = (1 - sparsity) * float(sum(layer.num_weights for layer in chosen))
+        counts[pool] = spread(chosen, share, target, lowest[pool], exact=scope != "layer" or density != "uniform")
     return counts
+
+
+def spread(layers: Sequence[Layer], share: np.ndarray, target: float, lowest: np.ndarray, exact: bool = True) -> np.ndarray:
+    """Live blocks of every layer, int64, for densities in proportion to ``share`` (> 0) that keep ``target`` weights.
+
+    No layer keeps fewer blocks than ``lowest`` or more than it has; the others make up for those that are held there.
+
+    Args:
+        exact: the whole counts together miss ``target`` by less than half a block; else each is its own nearest one.
+    """
+    blocks = np.array([layer.num_blocks for layer in layers], dtype=float)
+    size = np.array([layer.block_weights for layer in layers])
+    ideal = _fill(share * blocks, lowest, blocks, size, target)
+    whole = _round_to(ideal, lowest, blocks, size, target) if exact else np.clip(np.round(ideal), lowest, blocks)
+    return whole.astype(np.int64)
 
 
 def _fill(

@@ -25,7 +25,8 @@ def draw(layers: Sequence[Layer], sparsity: float, method: str = "random", densi
         sparsity: fraction of the layers' weights that are masked, 0 <= sparsity < 1.
         method: ``random``, balanced: all block rows of a layer keep the same number of blocks up to one, and
             at least one; ``nested``: the same, and the mask contains those of all sparser of the paper's ``LEVELS``
-            with the same seed, under any density and scope; ``iid``: every block of a pool has the same chance, so
+            with the same seed, under any density and scope; ``biregular``: block columns keep the same number, too, up to
+            one, so that as many inputs as possible are read; ``iid``: every block of a pool has the same chance, so
             rows, and with a wide scope layers, may stay empty; ``fan_in``: the authors' pooled scores, which cut
             wide layers first; ``magnitude``: the largest weights; ``predefined``: the masks of ``file``, whose
             own sparsity takes the place of the arguments.

@@ -148,7 +148,7 @@ def _unique(runs: Iterator[Run]) -> Iterator[Run]:
 
 def _label(key: str, value: Any) -> str:
     if key == "sparsity":
-        text = f"{value:g}" if value else "dense"
+        text = value if isinstance(value, str) else f"{value:g}" if value else "dense"
     elif key == "data":
         text = Path(value).stem
     else:

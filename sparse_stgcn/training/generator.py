@@ -44,11 +44,15 @@ class TwoStage:
     def __init__(self, model: nn.Module, warmup_epochs: int, strength: float = 1.0, schedule: str = "linear",
                  group: str = "block") -> None:
         self.model, self.warmup_epochs = model, warmup_epochs
-        self.strength, self.schedule = strength, schedule
-        self.stage = {"dense": DENSE, "warmup": WARMUP, "compact": FINETUNE}[stage(model)]
-        self._layers = {name: (conv, conv.pattern) for name, conv in maskable_convs(model).items()
+        self.strength, self.schedule, self.group = strength, schedule, group
+        self.watch()
+
+    def watch(self) -> None:
+        """Take the stage and the patterns of the network as they are now."""
+        self.stage = {"dense": DENSE, "warmup": WARMUP, "compact": FINETUNE}[stage(self.model)]
+        self._layers = {name: (conv, conv.pattern) for name, conv in maskable_convs(self.model).items()
                         if conv.pattern is not None}
-        labels = {"block": block_of, "tensor": lambda name: name, "global": lambda name: 0}[group]
+        labels = {"block": block_of, "tensor": lambda name: name, "global": lambda name: 0}[self.group]
         ids: dict[object, int] = {}
         self._groups = [ids.setdefault(labels(name), len(ids)) for name in self._layers]
 

@@ -22,9 +22,11 @@ from ..data.archive import Archive
 from ..data.dataset import SkeletonDataset
 from ..errors import UserError, validating
 from ..kernels import backends
+from ..recognizer import Recognizer
 from ..scores import Scores, predict
 from ..sparsity import densify, sparsify, summary
 from . import events
+from .auto import Automatic, Problem, verified
 from .checkpoint import load_model
 from .loop import STATE, Trainer
 from .report import Report
@@ -40,7 +42,7 @@ class Run:
 
     config: TrainConfig
     archive: Archive
-    model: nn.Module
+    model: Recognizer
     trainer: Trainer
     work_dir: Path
 
@@ -58,7 +60,7 @@ class Run:
         return write_results(self.work_dir, self.config, self.archive, self.model, scores, self.trainer.history, seconds)
 
 
-def write_results(work_dir: Path, config: TrainConfig, archive: Archive, model: nn.Module, scores: Scores,
+def write_results(work_dir: Path, config: TrainConfig, archive: Archive, model: Recognizer, scores: Scores,
                   history: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]) -> dict[str, Any]:
     """Write ``scores.npz``, ``model.safetensors`` and ``result.json`` of a trained network; the content of the last.
 
@@ -71,9 +73,8 @@ def write_results(work_dir: Path, config: TrainConfig, archive: Archive, model: 
     best = max(tested, key=lambda record: record["test_accuracy"])
     kept, metrics = summary(model), scores.metrics()
     scores.save(work_dir / "scores.npz")
-    size = checkpoint.save(
-        model, work_dir / "model.safetensors", label_names=list(archive.label_names), protocol=dict(scores.protocol),
-        metrics=metrics, sparsity=config.sparsity, seed=config.seed, mask=mask_of(config))
+    size = checkpoint.save(model, work_dir / "model.safetensors",
+                           **meta(config, archive, metrics) | {"protocol": dict(scores.protocol)})
     dense = checkpoint.dense_bytes(model)
     result = {
         "test": {**metrics, "samples": len(scores.label), "protocol": dict(scores.protocol)},
@@ -84,6 +85,7 @@ def write_results(work_dir: Path, config: TrainConfig, archive: Archive, model: 
                     "all_kept_fraction": kept.kept_parameters_fraction},
         "file": {"bytes": size, "dense_bytes": dense, "times_smaller": dense / size},
         "seconds": dict(seconds),
+        **({"auto": chosen} if (chosen := verified(work_dir, model, config)) else {}),
         "environment": environment(torch.device(config.device or "cpu")),
         "config": config.to_dict(),
         "history": list(history),
@@ -129,23 +131,32 @@ def prepare(config: TrainConfig, report: Report | None = None) -> Run:
         else:
             if full.init is not None:
                 start_from(model, full.init)
-            if full.sparsity > 0:
-                sparsify(model, full.sparsity, full.block, full.method, full.density, full.scope, full.seed,
+            if full.sparse and not full.automatic:
+                sparsify(model, float(full.sparsity), full.block, full.method, full.density, full.scope, full.seed,
                          full.mask_file)
         if full.method == "predefined":
             full.sparsity = round(1 - summary(model).kept_fraction, 6)
+        problem = automatic(full, archive) if full.automatic else None
     work_dir = Path(full.work_dir) if full.work_dir else new_work_dir(full, archive)
     if config.resume is None:
         create_work_dir(work_dir)
         full.work_dir = str(work_dir)
         full.write(work_dir / "config.yaml")
     trainer = Trainer(full, model.to(full.device), train_set, quick_test, work_dir, report)
+    if problem is not None:
+        trainer.method = Automatic(trainer, problem)
     if resuming:
         with validating("--resume"):
             trainer.resume()
     if full.tensorboard:
         trainer.report.events = events.EventLog(work_dir / "tensorboard", trainer.history)
     return Run(full, archive, model, trainer, work_dir)
+
+
+def automatic(config: TrainConfig, archive: Archive) -> Problem:
+    """What an automatic run has to choose; the random state of torch is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        return Problem.of(config, network(config, archive), meta(config, archive))
 
 
 def open_archive(config: TrainConfig) -> Archive:
@@ -199,7 +210,7 @@ def test_set(config: TrainConfig, archive: Archive) -> SkeletonDataset:
     return dataset(config, archive, "test", train=False)
 
 
-def network(config: TrainConfig, archive: Archive) -> nn.Module:
+def network(config: TrainConfig, archive: Archive) -> Recognizer:
     """The dense network for this data, initialised from the seed."""
     with validating():
         return create_model(config.backbone, archive.num_classes, layout=archive.skeleton,
@@ -232,7 +243,14 @@ def fixed_persons(backbone: str, num_person: int | None) -> dict[str, Any]:
 def mask_of(config: TrainConfig) -> dict[str, Any] | None:
     """How the mask of a run was chosen, for checkpoints; None for a dense network."""
     keys = ("method", "density", "scope", "block", "seed", "mask_file")
-    return {key: getattr(config, key) for key in keys} if config.sparsity > 0 else None
+    return {key: getattr(config, key) for key in keys} if config.sparse else None
+
+
+def meta(config: TrainConfig, archive: Archive, metrics: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """What the checkpoint of a run holds beside the network; without metrics, as much text as there will be."""
+    return {"label_names": list(archive.label_names), "protocol": protocol(config, archive), "sparsity": config.sparsity,
+            "metrics": metrics or dict.fromkeys(("top1", "top5", "mean_class"), 1 / 3), "seed": config.seed,
+            "mask": mask_of(config)}
 
 
 def protocol(config: TrainConfig, archive: Archive) -> dict[str, Any]:
@@ -256,7 +274,7 @@ def set_up_torch(config: TrainConfig) -> None:
 
 def new_work_dir(config: TrainConfig, archive: Archive, what: str | None = None) -> Path:
     """runs/BACKBONE-DATA-STREAM-WHAT, with a number where that exists; ``what`` is the sparsity by default."""
-    name = f"{config.backbone}-{archive.name}-{config.stream}-{what or f'{config.sparsity:g}'}"
+    name = f"{config.backbone}-{archive.name}-{config.stream}-{what or config.level}"
     path, number = Path("runs") / name, 1
     while path.exists():
         number += 1
