@@ -60,7 +60,7 @@ class Run:
         return write_results(self.work_dir, self.config, self.archive, self.model, scores, self.trainer.history, seconds)
 
 
-def write_results(work_dir: Path, config: TrainConfig, archive: Archive, model: Recognizer, scores: Scores,
+def write_results(work_dir: Path, config: TrainConfig, archive: Archive, model: nn.Module, scores: Scores,
                   history: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]) -> dict[str, Any]:
     """Write ``scores.npz``, ``model.safetensors`` and ``result.json`` of a trained network; the content of the last.
 
@@ -72,9 +72,9 @@ def write_results(work_dir: Path, config: TrainConfig, archive: Archive, model: 
     tested = [record for record in history if "test_accuracy" in record]
     best = max(tested, key=lambda record: record["test_accuracy"])
     kept, metrics = summary(model), scores.metrics()
+    about: dict[str, Any] = {**meta(config, archive, metrics), "protocol": dict(scores.protocol)}
     scores.save(work_dir / "scores.npz")
-    size = checkpoint.save(model, work_dir / "model.safetensors",
-                           **meta(config, archive, metrics) | {"protocol": dict(scores.protocol)})
+    size = checkpoint.save(model, work_dir / "model.safetensors", **about)
     dense = checkpoint.dense_bytes(model)
     result = {
         "test": {**metrics, "samples": len(scores.label), "protocol": dict(scores.protocol)},
