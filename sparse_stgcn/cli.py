@@ -20,6 +20,7 @@ VERBS = {
     "ensemble": "test several sparsity levels as one network and write it as one file",
     "fuse": "combine score files of several streams or networks",
     "sweep": "run an experiment of many trainings, and write its tables and figures",
+    "plot": "draw a skeleton, a confusion matrix, masks, training curves, or what accuracy costs",
     "info": "parameters and multiply-adds of a network, per block",
     "convert": "make an archive from other formats",
     "bench": "time a network, sparse against dense engines",

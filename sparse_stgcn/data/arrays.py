@@ -44,8 +44,7 @@ class ArraysSource(Source):
                  max_persons: int | None = None, label_names: tuple[str, ...] = ()) -> None:
         self.path = Path(path)
         self.order, self.has_score = order, score_channel
-        if order is not None and (set(order) not in ({"T", "V", "C"}, {"T", "M", "V", "C"}) or len(set(order)) != len(order)):
-            raise UserError(f"Expected order to name the axes T, M, V and C once each, M if there is one. Got {order!r}.")
+        _check_order(order)
         content: dict[str, Any] = {}
         if self.path.is_dir():
             self.entries = self._from_folder()
@@ -109,13 +108,7 @@ class ArraysSource(Source):
                 value = np.asarray(json.loads(self._file(entry).read_text(encoding="utf-8")), np.float32)
         except DAMAGED as error:
             raise UserError(f"Expected {where} to be a readable array of numbers. Got: {one_line(error)}.") from error
-        order = self.order or ("TMVC" if value.ndim == 4 else "TVC")
-        if value.ndim != len(order) or value.dtype.kind not in "fiu" or not value.size:
-            raise UserError(f"Expected {where} to be numbers with the axes {' '.join(order)}. Got {value.dtype} of shape "
-                            f"{value.shape}; name the axes with order.")
-        if "M" not in order:
-            value, order = value[..., None], order + "M"
-        value = value.transpose([order.index(axis) for axis in "TMVC"])
+        value = _in_order(value, self.order, where)
         wanted = (3,) if self.has_score else (2, 3)
         if value.shape[2] != len(self.skeleton) or value.shape[3] not in wanted:
             raise UserError(f"Expected {where} to have V = {len(self.skeleton)} and C = {' or '.join(map(str, wanted))}. Got "
@@ -198,3 +191,41 @@ class ArraysSource(Source):
 
     def _where(self, index: int) -> str:
         return f"sequence {index} ('{self._sample(index)}') of '{self.path}'"
+
+
+def read_array(path: Path, order: str | None = None) -> np.ndarray | None:
+    """The sequence (T, M, V, C) of one ``.npy`` file, or of a ``.json`` file of nested lists; None if that lists sequences.
+
+    Raises:
+        UserError: not an array of numbers with these axes; the message names the file.
+    """
+    _check_order(order)
+    try:
+        if path.suffix == ".npy":
+            value = np.load(path, mmap_mode="r", allow_pickle=False)
+        else:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(content, dict):
+                return None
+            value = np.asarray(content, np.float32)
+    except DAMAGED as error:
+        raise UserError(f"Expected '{path}' to be a readable array of numbers. Got: {one_line(error)}.") from error
+    return _in_order(value, order, f"'{path}'")
+
+
+def _in_order(value: np.ndarray, order: str | None, where: str) -> np.ndarray:
+    """``value`` as (T, M, V, C); ``order`` names its axes."""
+    if not isinstance(value, np.ndarray):
+        raise UserError(f"Expected {where} to be one array. Got a file of several, as .npz files are.")
+    order = order or ("TMVC" if value.ndim == 4 else "TVC")
+    if value.ndim != len(order) or value.dtype.kind not in "fiu" or not value.size:
+        raise UserError(f"Expected {where} to be numbers with the axes {' '.join(order)}. Got {value.dtype} of shape "
+                        f"{value.shape}; name the axes with order.")
+    if "M" not in order:
+        value, order = value[..., None], order + "M"
+    return value.transpose([order.index(axis) for axis in "TMVC"])
+
+
+def _check_order(order: str | None) -> None:
+    if order is not None and (set(order) not in ({"T", "V", "C"}, {"T", "M", "V", "C"}) or len(set(order)) != len(order)):
+        raise UserError(f"Expected order to name the axes T, M, V and C once each, M if there is one. Got {order!r}.")

@@ -21,13 +21,13 @@ from ..scores import Scores
 from .grid import DENSE_ANYWAY, Combine, Grid, Run
 from .runner import status
 
-__all__ = ["Entry", "collect", "confidence", "matches", "read", "recorded", "write"]
+__all__ = ["Entry", "collect", "columns", "confidence", "matches", "read", "read_history", "recorded", "write"]
 
 Entry = dict[str, Any]
 FORMAT = 1
 QUANTILES = 1000
 # Where a run was computed; of "data" the name of the file alone is kept.
-_LEFT_OUT = ("work_dir", "device", "threads", "workers")
+_LEFT_OUT = ("work_dir", "device", "threads", "workers", "tensorboard")
 
 
 def collect(grid: Grid, root: Path, before: Sequence[Entry] = ()) -> list[Entry]:
@@ -76,6 +76,33 @@ def confidence(scores: Scores) -> dict[str, Any]:
             "max_probability": [round(value, 4) for value in largest.tolist()]}
 
 
+def columns(history: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """A run's history (see ``training.loop.Trainer``) by column, shortened: what the figures show."""
+    return {"stage": [record["stage"] for record in history],
+            "loss": [round(record["loss"], 4) for record in history],
+            "masked_norm": [round(sum(record["masked_norms"]), 4) for record in history],
+            "train_accuracy": [round(record["train_accuracy"], 4) for record in history],
+            "test_accuracy": [record.get("test_accuracy") for record in history]}
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The history of a run, finished or not: of its work directory, its ``result.json`` or its ``log.jsonl``.
+
+    Raises:
+        UserError: no such file, not such a file, or no epoch in it.
+    """
+    if path.is_dir():
+        path = next((file for name in ("result.json", "log.jsonl") if (file := path / name).is_file()), path / "log.jsonl")
+    try:
+        text = path.read_text(encoding="utf-8")
+        records = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)["history"]
+        if not records or not all("loss" in record and "stage" in record for record in records):
+            raise ValueError("no epochs")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"Expected {path} to hold the history of a run. Got: {error}.") from error
+    return records
+
+
 def write(grid: Grid, entries: Sequence[Entry], path: Path) -> None:
     """Write the file, one entry a line."""
     lines = ",\n".join(json.dumps(entry) for entry in entries)
@@ -109,16 +136,7 @@ def _entry(run: Run, work_dir: Path) -> Entry:
     return {"name": run.name, "config": config, "test": test,
             "confidence": confidence(Scores.load(work_dir / "scores.npz")),
             "weights": result["weights"], "bytes": result["file"]["bytes"], "seconds": result["seconds"],
-            "environment": result["environment"], "history": _columns(result["history"])}
-
-
-def _columns(history: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The history by column, shortened: what the figures show."""
-    return {"stage": [record["stage"] for record in history],
-            "loss": [round(record["loss"], 4) for record in history],
-            "masked_norm": [round(sum(record["masked_norms"]), 4) for record in history],
-            "train_accuracy": [round(record["train_accuracy"], 4) for record in history],
-            "test_accuracy": [record.get("test_accuracy") for record in history]}
+            "environment": result["environment"], "history": columns(result["history"])}
 
 
 def _groups(combine: Combine, entries: Sequence[Entry]) -> Iterator[list[Entry]]:

@@ -1,22 +1,23 @@
-"""Figures in the paper's arrangement, drawn from the entries of a sweep or from scores. Needs matplotlib."""
+"""Figures in the paper's arrangement, drawn from the entries of a sweep or from scores."""
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
+from .style import GREY, MARKERS, canvas, styled
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["curves", "lines", "require", "save", "violins"]
+__all__ = ["curves", "lines", "violins"]
 
+SPARSE = 20  # epochs: a line through fewer shows where it was measured
 Points = Mapping[str, Mapping[float, Sequence[float]]]
 
 
+@styled
 def lines(points: Points, x_label: str, y_label: str = "top-1 accuracy (%)", title: str = "",
           dense: Sequence[float] = ()) -> Figure:
     """Accuracy over sparsity: one line per name, the mean over the runs with their standard deviation as bars.
@@ -25,16 +26,16 @@ def lines(points: Points, x_label: str, y_label: str = "top-1 accuracy (%)", tit
         points: name of a line -> x -> value of each run, as a fraction.
         dense: values of the dense runs, drawn as a horizontal line.
     """
-    figure, axes = _axes(title)
+    figure, axes = canvas(title)
     places = sorted({x for line in points.values() for x in line})
     where = {x: i for i, x in enumerate(places)}  # levels of sparsity lie too close together at the right to be to scale
-    for name, line in points.items():
+    for (name, line), marker in zip(points.items(), cycle(MARKERS), strict=False):
         xs = sorted(line)
         means = [100 * statistics.fmean(line[x]) for x in xs]
         deviations = [100 * statistics.stdev(line[x]) if len(line[x]) > 1 else 0 for x in xs]
-        axes.errorbar([where[x] for x in xs], means, deviations, marker="o", capsize=3, label=name)
+        axes.errorbar([where[x] for x in xs], means, deviations, marker=marker, capsize=3, label=name)
     if dense:
-        axes.axhline(100 * statistics.fmean(dense), color="grey", linestyle="--", label="dense")
+        axes.axhline(100 * statistics.fmean(dense), color=GREY, linestyle="--", label="dense")
     axes.set_xticks(range(len(places)), [f"{x:g}" for x in places])
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
@@ -42,13 +43,16 @@ def lines(points: Points, x_label: str, y_label: str = "top-1 accuracy (%)", tit
     return figure
 
 
+@styled
 def curves(histories: Mapping[str, Sequence[Mapping[str, Sequence[Any]]]], title: str = "") -> Figure:
     """Training: cross entropy, test accuracy, and norm of the masked weights over the epochs, one line per name.
 
     Args:
         histories: name -> history of each run, by column, as a sweep's entries have it; the mean over the runs is drawn.
     """
-    figure, all_axes = _axes(title, 3)
+    from matplotlib.ticker import MaxNLocator
+
+    figure, all_axes = canvas(title, columns=3)
     for axes, key, label, factor in zip(all_axes, ("loss", "test_accuracy", "masked_norm"), (
             "cross entropy", "test accuracy, one clip (%)", "norm of the masked weights"), (1, 100, 1), strict=True):
         for name, runs in histories.items():
@@ -56,16 +60,18 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, Sequence[Any]]]], title
             if key == "masked_norm":  # the masked weights are gone after the warm-up
                 epochs = [e for e in epochs if all(run["stage"][e] == "warm-up" for run in runs)]
             axes.plot([e + 1 for e in epochs], [factor * statistics.fmean(run[key][e] for run in runs) for e in epochs],
-                      label=name)
+                      marker="." if len(epochs) < SPARSE else "", label=name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
     all_axes[0].legend()
     return figure
 
 
+@styled
 def violins(max_probability: Mapping[str, Sequence[float]], title: str = "") -> Figure:
     """Distribution of the largest probability of each network: of all samples, and of those under 0.5 (paper, Fig. 6)."""
-    figure, all_axes = _axes(title, 2)
+    figure, all_axes = canvas(title, columns=2)
     names = list(max_probability)
     for axes, limit, label in zip(all_axes, (1.0, 0.5), ("all samples", "samples under 0.5"), strict=True):
         for position, name in enumerate(names):
@@ -79,26 +85,3 @@ def violins(max_probability: Mapping[str, Sequence[float]], title: str = "") -> 
         axes.set_ylabel("largest probability")
         axes.set_title(label)
     return figure
-
-
-def save(figure: Figure, path: str | Path) -> None:
-    """Write a PNG that depends on what is drawn alone, not on the time."""
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-
-
-def require() -> type[Figure]:
-    """matplotlib's Figure. Raises UserError without matplotlib; a long command asks before it begins."""
-    try:
-        from matplotlib.figure import Figure as Canvas
-    except ImportError as error:
-        raise UserError("Expected matplotlib for figures. Got none; install it with pip install "
-                        f"'sparse-stgcn[plots]' ({error}).") from error
-    return Canvas
-
-
-def _axes(title: str, columns: int = 1) -> tuple[Figure, Any]:
-    figure = require()(figsize=(5.2 * columns, 3.8), layout="constrained")
-    if title:
-        figure.suptitle(title)
-    axes: Axes | Any = figure.subplots(1, columns)
-    return figure, axes
