@@ -40,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 WARMUP = {"synthetic": 1 / 6, "small": 0.085, "large": 0.6}
 
 # What may differ between the first part of a run and its continuation: where it runs, not what it computes.
-_FREE_ON_RESUME = ("config", "resume", "data", "device", "threads", "workers")
+_FREE_ON_RESUME = ("config", "resume", "data", "device", "threads", "workers", "tensorboard")
 _NOT_RECORDED = ("config", "resume")
 
 
@@ -135,6 +135,8 @@ class TrainConfig:
     """Processes that load data; 0 loads in the main process."""
     work_dir: OptionalStr = None
     """Directory for what the run writes. Default: a new one under runs/."""
+    tensorboard: bool = False
+    """Write events for TensorBoard to tensorboard/ in the work directory, one step per epoch."""
     config: OptionalStr = None
     """YAML file of these keys; flags on the command line win."""
     resume: OptionalStr = None

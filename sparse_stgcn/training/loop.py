@@ -21,7 +21,7 @@ from ..sparsity import masked, summary
 from .checkpoint import load_state, save_state
 from .generator import TwoStage
 from .memory import keep_freed_memory
-from .report import Report, describe_epoch
+from .report import Report
 
 __all__ = ["Trainer", "cosine"]
 
@@ -100,7 +100,7 @@ class Trainer:
                 if self._evaluation_due():
                     record.update(self._evaluate())
                 self.history.append(record)
-                self.report.line(describe_epoch(record, self.epochs))
+                self.report.epoch(record)
                 self.epoch += 1
                 self._write(record)
         return self.history

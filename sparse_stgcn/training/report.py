@@ -1,4 +1,4 @@
-"""What a training run shows: a progress bar on a terminal, one plain line per epoch elsewhere."""
+"""What a training run shows: a progress bar on a terminal, one plain line per epoch elsewhere, and events for TensorBoard."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .events import EventLog
 
 __all__ = ["Report", "describe_epoch"]
 
@@ -16,10 +18,14 @@ class Report:
     Args:
         epochs: epochs of the whole run.
         console: where to write; the standard output by default. Bars appear only if it is a terminal.
+
+    Attributes:
+        events: writes each epoch for TensorBoard as well; None does not.
     """
 
     def __init__(self, epochs: int, console: Console | None = None) -> None:
         self.epochs = epochs
+        self.events: EventLog | None = None
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
@@ -34,6 +40,8 @@ class Report:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+        if self.events is not None:
+            self.events.close()
 
     def line(self, text: str) -> None:
         """One line of text, above the bar if there is one."""
@@ -49,6 +57,12 @@ class Report:
     def step(self, *, loss: float, lasso: float, accuracy: float, speed: float) -> None:
         """One more step, and the figures of the epoch so far."""
         self._bar.update(self._task, advance=1, loss=loss, lasso=lasso, accuracy=accuracy, speed=speed)
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        """An epoch is over: its line, and its events."""
+        self.line(describe_epoch(record, self.epochs))
+        if self.events is not None:
+            self.events.write(record)
 
 
 def describe_epoch(record: Mapping[str, Any], epochs: int) -> str:

@@ -24,6 +24,7 @@ from ..errors import UserError, validating
 from ..kernels import backends
 from ..scores import predict
 from ..sparsity import densify, sparsify, summary
+from . import events
 from .checkpoint import load_model
 from .loop import STATE, Trainer
 from .report import Report
@@ -91,6 +92,8 @@ def prepare(config: TrainConfig, report: Report | None = None) -> Run:
         UserError: whatever is wrong with the configuration or the data; nothing has been written then.
     """
     config.validate()
+    if config.tensorboard:
+        events.require()
     # A run that stopped in its first epoch has no state yet: its continuation is the run from the start.
     state = None if config.resume is None else Path(config.resume) / STATE
     resuming = state is not None and state.exists()
@@ -121,6 +124,8 @@ def prepare(config: TrainConfig, report: Report | None = None) -> Run:
     if resuming:
         with validating("--resume"):
             trainer.resume()
+    if full.tensorboard:
+        trainer.report.events = events.EventLog(work_dir / "tensorboard", trainer.history)
     return Run(full, archive, model, trainer, work_dir)
 
 
