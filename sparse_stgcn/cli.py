@@ -21,6 +21,7 @@ VERBS = {
     "fuse": "combine score files of several streams or networks",
     "sweep": "run an experiment of many trainings, and write its tables and figures",
     "plot": "draw a skeleton, a confusion matrix, masks, training curves, or what accuracy costs",
+    "report": "write one HTML page of a run or a sweep, with playback of test sequences",
     "info": "parameters and multiply-adds of a network, per block",
     "convert": "make an archive from other formats",
     "bench": "time a network, sparse against dense engines",
