@@ -207,12 +207,15 @@ def sweep(work_dir, tmp_path):
     return path
 
 
-def test_a_sweep_has_its_runs(sweep, capsys):
+def test_a_sweep_has_its_runs(sweep, work_dir, capsys):
+    result = json.loads((work_dir / "result.json").read_text())
     assert run(report.main, [str(sweep)]) == 0
     assert "grid.html" in capsys.readouterr().out
     text = sweep.with_suffix(".html").read_text()
     parsed = Reader(text)
     assert parsed.cells[:2] == [HOSTILE, "87.50%"] and {tag for tag, _ in parsed.tags} <= MARKUP
+    images = [attributes["alt"] for tag, attributes in parsed.tags if tag == "img"]
+    assert len(images) == 4 and f"At 0.8 the cross entropy ends at {columns(result['history'])['loss'][-1]:.3f}." in images[2]
     assert "1 kB" in text and "stgcn 0.99 (1 kB, 87.5%)" in text
 
 

@@ -79,7 +79,7 @@ def animate(clip: Clip, path: str | Path, yaw: float | None = None, pitch: float
     figure = require()(figsize=(4, 4), dpi=90, layout="constrained")
     axes, canvas = figure.subplots(), FigureCanvasAgg(figure)
     figure.suptitle(_title(clip))
-    _legend(figure, clip)
+    _legend(figure, clip, columns=3)
     images = []
     for frame in range(len(clip)):
         axes.clear()
@@ -120,7 +120,7 @@ def _title(clip: Clip) -> str:
     return f"{clip.name}: {clip.label}" if clip.label else clip.name
 
 
-def _legend(figure: Figure, clip: Clip) -> None:
+def _legend(figure: Figure, clip: Clip, columns: int = 6) -> None:
     from matplotlib.lines import Line2D
 
     present = [name for name in SIDES if name in sides(clip.skeleton)]
@@ -130,4 +130,5 @@ def _legend(figure: Figure, clip: Clip) -> None:
     if len(seen) > 1:
         entries += [Line2D([], [], color="#404040", linestyle=lines[m % len(lines)], label=f"person {m + 1}") for m in seen]
     if entries:
-        figure.legend(handles=entries, loc="outside lower center", ncols=len(entries), frameon=False, fontsize="small")
+        figure.legend(handles=entries, loc="outside lower center", ncols=min(len(entries), columns), frameon=False,
+                      fontsize="small")

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,27 +86,30 @@ def _accuracy(entries: Sequence[Entry], points: Sequence[plots.Point]) -> Sectio
 
 
 def _curves(entries: Sequence[Entry]) -> Section | None:
-    histories: dict[str, list[Mapping[str, Sequence[Any]]]] = {}
-    for entry, name in zip(entries, tradeoff.names(entries), strict=True):
-        if "history" in entry:
-            histories.setdefault(", ".join(name), []).append(entry["history"])
-    if not 0 < len(histories) <= LINES:
-        return None
-    words = "Cross entropy, test accuracy and norm of the masked weights over the epochs. " + " ".join(
-        f"{name} ends at a cross entropy of {statistics.fmean(run['loss'][-1] for run in runs):.3f}."
-        for name, runs in histories.items())
-    return Section("Training", [Image(embedded(plots.curves(histories)), words)])
+    parts = []
+    for group, histories in _by_level([entry for entry in entries if "history" in entry], lambda e: [e["history"]]).items():
+        words = f"{group}: cross entropy, test accuracy and norm of the masked weights over the epochs. " + " ".join(
+            f"At {level} the cross entropy ends at {statistics.fmean(run['loss'][-1] for run in runs):.3f}."
+            for level, runs in histories.items())
+        parts.append(Image(embedded(plots.curves(histories, group)), words))
+    return Section("Training", parts, "Means over seeds and folds.") if parts else None
 
 
 def _sureness(entries: Sequence[Entry]) -> Section | None:
-    values: dict[str, list[float]] = {}
-    for entry, name in zip(entries, tradeoff.names(entries), strict=True):
-        values.setdefault(", ".join(name), []).extend(entry["confidence"]["max_probability"])
-    if not 0 < len(values) <= LINES:
-        return None
-    words = "Distribution of the largest probability. " + " ".join(
-        f"{name}: median {statistics.median(found):.2f}." for name, found in values.items())
-    return Section("Sureness", [Image(embedded(plots.violins(values)), words)])
+    parts = []
+    for group, values in _by_level(entries, lambda e: e["confidence"]["max_probability"]).items():
+        words = f"{group}: distribution of the largest probability. " + " ".join(
+            f"At {level} its median is {statistics.median(found):.2f}." for level, found in values.items())
+        parts.append(Image(embedded(plots.violins(values, group)), words))
+    return Section("Sureness", parts) if parts else None
+
+
+def _by_level(entries: Sequence[Entry], value: Callable[[Entry], Sequence[Any]]) -> dict[str, dict[str, list[Any]]]:
+    """Group -> level -> values of its entries, of the groups whose levels one figure can tell apart."""
+    found: dict[str, dict[str, list[Any]]] = {}
+    for entry, (group, level) in zip(entries, tradeoff.names(entries), strict=True):
+        found.setdefault(group, {}).setdefault(level, []).extend(value(entry))
+    return {group: levels for group, levels in found.items() if len(levels) <= LINES}
 
 
 def _table(entries: Sequence[Entry]) -> Section:

@@ -28,7 +28,7 @@ __all__ = ["Machine", "Status", "check", "drive", "processors", "status"]
 
 GRACE = 60.0  # seconds that a process has to end after an interrupt; it has nothing to write then
 # Where a run is computed is no part of what it is.
-_FREE = ("data", "device", "threads", "workers", "work_dir", "config", "resume")
+_FREE = ("data", "device", "threads", "workers", "work_dir", "tensorboard", "config", "resume")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..allocation.budget import Budget
 from ..allocation.costs import Costs

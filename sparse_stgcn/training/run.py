@@ -72,7 +72,7 @@ def write_results(work_dir: Path, config: TrainConfig, archive: Archive, model: 
     tested = [record for record in history if "test_accuracy" in record]
     best = max(tested, key=lambda record: record["test_accuracy"])
     kept, metrics = summary(model), scores.metrics()
-    about: dict[str, Any] = {**meta(config, archive, metrics), "protocol": dict(scores.protocol)}
+    about = meta(config, archive, metrics) | {"protocol": dict(scores.protocol)}
     scores.save(work_dir / "scores.npz")
     size = checkpoint.save(model, work_dir / "model.safetensors", **about)
     dense = checkpoint.dense_bytes(model)
