@@ -63,7 +63,7 @@ def test_a_bad_budget_names_the_flag(text: str) -> None:
 
 
 @pytest.mark.parametrize("rule", ["uniform", "erk", "weights", "mixed", "latency"])
-@pytest.mark.parametrize("text", ["5%", "1%", "30%", "15kB", "40kB", "2ms", "10ms"])
+@pytest.mark.parametrize("text", ["5%", "1%", "30%", "15kB", "45kB", "2ms", "10ms"])
 def test_budgets_are_used_up_and_not_overrun(rule: str, text: str) -> None:
     given_to, budget = allocator(latency=True), Budget.parse(text)
     costs = given_to.costs
@@ -94,6 +94,9 @@ def test_predicted_bytes_are_those_of_the_file(tmp_path: object) -> None:
     costs = allocator().costs
     for sparsity in (0.5, 0.9):
         sparse = compact(sparsify(copy.deepcopy(model), sparsity, BLOCK, density="erk"))
+        for name, buffer in sparse.named_buffers():
+            if "running" in name:  # as after training; equal ones would be stored once
+                buffer.normal_()
         counts = np.array([conv.pattern.blocks().sum() for conv in maskable_convs(sparse).values()])
         size = checkpoint.save(sparse, f"{tmp_path}/m.safetensors", **meta)
         assert checkpoint.size(sparse, **meta) == size

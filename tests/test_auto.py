@@ -149,7 +149,7 @@ def test_a_choice_before_the_first_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("changed", "message"), [
-    ({"budget": "1%"}, "--budget of at least"), ({"budget": "1kB"}, "--budget of at least"),
+    ({"budget": "0.1%"}, "--budget of at least"), ({"budget": "1kB"}, "--budget of at least"),
     ({"budget": "1us"}, "--budget of at least"), ({"budget": "90MB"}, "--sparsity 0"), ({"budget": "1s"}, "--sparsity 0"),
     ({"budget": None}, "--budget together"), ({"budget": "much"}, "--budget to be a number"),
     ({"budget": "5%", "sparsity": 0.9}, "--budget together"), ({"budget": "5%", "density": "erk"}, "--density erk"),

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import checkpoint, macs
 from ..masks import Layer
@@ -52,6 +54,7 @@ class Costs:
         names = {layer.name for layer in layers}
         fixed = sum(item.effective for name, item in counted.items() if name not in names)
         sparse = compact(sparsify(copy.deepcopy(model), 0.0, layers[0].block, density=lowest(layers)))
+        _make_distinct(sparse)
         kept = round(sum(layer.block_weights * layer.grid[0] for layer in layers))
         return cls(tuple(layers), work, fixed, checkpoint.size(sparse, **meta) + HEADER - WEIGHT * kept, latency)
 
@@ -78,3 +81,11 @@ class Costs:
     def seconds(self, counts: np.ndarray) -> float | None:
         """Predicted latency of one sample in optimised inference."""
         return None if self.latency is None else self.latency.predict(self.density(counts))
+
+
+def _make_distinct(model: nn.Module) -> None:
+    """Give every batch norm statistics of its own, as training does: a checkpoint stores equal buffers once."""
+    for index, norm in enumerate(module for module in model.modules() if isinstance(module, _BatchNorm)):
+        if norm.running_mean is not None and norm.running_var is not None:
+            norm.running_mean.fill_(2 * index + 2)
+            norm.running_var.fill_(2 * index + 3)

@@ -151,7 +151,7 @@ class Automatic(TwoStage):
         made = {
             "budget": budget.text, "rule": winner, "sparsity": 1 - costs.weights(kept) / costs.maskable,
             "blocks": dict(zip((layer.name for layer in costs.layers), kept.tolist(), strict=True)),
-            "densities": costs.density(kept), "sensitivity": need, "trial_loss": losses,
+            "densities": costs.density(kept), "sensitivity": need, "trial_loss": losses, "lost_points": lost,
             "points": [{**point.to_dict(), "front": point in best} for point in points],
             "latency": None if costs.latency is None else costs.latency.to_dict(), "seconds": time.perf_counter() - start}
         if trainer.work_dir is not None:
