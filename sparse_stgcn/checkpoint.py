@@ -27,6 +27,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from .kernels import BlockPattern
 from .recognizer import Ensemble, Recognizer
 from .sparsity import maskable_convs
 
-__all__ = ["dense_bytes", "from_paper", "from_pyskl", "load", "pack", "read_metadata", "read_tensors", "save",
+__all__ = ["dense_bytes", "from_paper", "from_pyskl", "load", "pack", "pattern_digest", "read_metadata", "read_tensors", "save",
            "to_pyskl", "unpack", "write_atomically", "write_tensors"]
 
 FORMAT = 1
@@ -211,10 +212,21 @@ def write_atomically(path: str | Path, content: bytes) -> int:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
+        _flush_directory(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
     return len(content)
+
+
+def _flush_directory(path: Path) -> None:
+    """Make a rename last through a loss of power, where the system can: a directory is not a file everywhere."""
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -253,6 +265,11 @@ def _read_patterns(model: nn.Module, live: NDArray[np.uint8], description: Mappi
         raise ValueError("Expected the patterns of this network, with the digest that was saved with them. "
                          "Got others; the file is damaged.")
     return patterns
+
+
+def pattern_digest(model: nn.Module) -> str:
+    """SHA-256 of the patterns of all sparse convolutions, in the order of the network."""
+    return _digest([pattern for _, _, pattern in _sparse_layers(model)])
 
 
 def _digest(patterns: list[BlockPattern]) -> str:
