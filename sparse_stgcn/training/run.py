@@ -1,6 +1,7 @@
 """One training run from its configuration: what is checked and built first, and what is reported last."""
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import os
@@ -11,8 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 from .. import checkpoint
 from ..backbones import BACKBONES, create_model
@@ -22,10 +25,13 @@ from ..data.archive import Archive
 from ..data.dataset import SkeletonDataset
 from ..errors import UserError, validating
 from ..kernels import backends
-from ..scores import predict
+from ..scores import Scores, joined, predict
 from ..sparsity import densify, sparsify, summary
+from . import auto_batch
 from .checkpoint import load_model
-from .loop import STATE, Trainer
+from .distributed import World
+from .kept import KeptStates, writing
+from .loop import Trainer
 from .report import Report
 
 __all__ = ["Run", "network", "open_archive", "prepare", "start_from", "test_set"]
@@ -42,30 +48,48 @@ class Run:
     model: nn.Module
     trainer: Trainer
     work_dir: Path
+    world: World
 
     def fit(self) -> None:
         """Train the epochs that are left."""
         self.trainer.fit()
 
     def finish(self) -> dict[str, Any]:
-        """Test, write ``scores.npz``, ``model.safetensors`` and ``result.json``; the content of the last."""
-        config, history, start = self.config, self.trainer.history, time.perf_counter()
-        dataset = test_set(config, self.archive)
-        scores = predict(self.model, dataset, dataset.sample_ids, self.trainer.batch_size,
-                         self.trainer.workers, protocol(config, self.archive))
+        """Test, write ``scores.npz``, ``model.safetensors`` and ``result.json``; the content of the last.
+
+        Of several processes each tests a share, and the first one writes.
+        """
+        start = time.perf_counter()
+        scores = self._test()
+        if not self.world.first:
+            return {}
+        with writing(KeptStates(self.work_dir)):
+            return self._write(scores, time.perf_counter() - start)
+
+    def _test(self) -> Scores:
+        dataset, trainer = test_set(self.config, self.archive), self.trainer
+        self.world.copy_buffers(trainer.network)
+        own = self.world.share(range(len(dataset)))
+        scores = None if not own else predict(
+            trainer.network, Subset(dataset, own), dataset.sample_ids, trainer.batch_size, trainer.workers,
+            protocol(self.config, self.archive))
+        return joined([part for part in self.world.gather(scores) if part is not None])
+
+    def _write(self, scores: Scores, test_seconds: float) -> dict[str, Any]:
+        config, history, network = self.config, self.trainer.history, self.trainer.network
         seconds = {stage: sum(r["seconds"] for r in history if r["stage"] == stage)
                    for stage in dict.fromkeys(r["stage"] for r in history)}
         seconds["evaluation"] = sum(r.get("test_seconds", 0.0) for r in history)
-        seconds["test"] = time.perf_counter() - start
+        seconds["test"] = test_seconds
         tested = [record for record in history if "test_accuracy" in record]
         best = max(tested, key=lambda record: record["test_accuracy"])
-        kept, metrics = summary(self.model), scores.metrics()
+        kept, metrics = summary(network), scores.metrics()
         scores.save(self.work_dir / "scores.npz")
         size = checkpoint.save(
-            self.model, self.work_dir / "model.safetensors", label_names=list(self.archive.label_names),
+            network, self.work_dir / "model.safetensors", label_names=list(self.archive.label_names),
             protocol=dict(scores.protocol), metrics=metrics, sparsity=config.sparsity, seed=config.seed,
             mask=mask_of(config))
-        dense = checkpoint.dense_bytes(self.model)
+        dense = checkpoint.dense_bytes(network)
         result = {
             "test": {**metrics, "samples": len(scores.label), "protocol": dict(scores.protocol)},
             "one_clip": {"last": tested[-1]["test_accuracy"], "best": best["test_accuracy"],
@@ -75,7 +99,7 @@ class Run:
                         "all_kept_fraction": kept.kept_parameters_fraction},
             "file": {"bytes": size, "dense_bytes": dense, "times_smaller": dense / size},
             "seconds": seconds,
-            "environment": environment(self.trainer.device),
+            "environment": {**environment(self.trainer.device), "processes": self.world.size},
             "config": config.to_dict(),
             "history": history,
         }
@@ -87,13 +111,14 @@ class Run:
 def prepare(config: TrainConfig, report: Report | None = None) -> Run:
     """Check and build everything that training needs, then create the work directory.
 
+    Under torchrun the processes meet first, and the first one alone creates and speaks.
+
     Raises:
-        UserError: whatever is wrong with the configuration or the data; nothing has been written then.
+        UserError: whatever is wrong with the configuration or the data, or the processes differ in it; nothing has been
+            written then.
     """
     config.validate()
-    # A run that stopped in its first epoch has no state yet: its continuation is the run from the start.
-    state = None if config.resume is None else Path(config.resume) / STATE
-    resuming = state is not None and state.exists()
+    world = World.join(config.device)
     archive = open_archive(config)
     full = resolve(config, archive)
     train_set = dataset(full, archive, "train", train=True)
@@ -101,8 +126,10 @@ def prepare(config: TrainConfig, report: Report | None = None) -> Run:
     quick_test = test_set(replace(full, eval_clips=1), archive)
     set_up_torch(full)
     model = network(full, archive)
+    # A run that stopped before it saved anything has no state: its continuation is the run from the start.
+    state, rejected = (None, []) if config.resume is None else KeptStates(Path(config.resume)).newest(model)
     with validating():
-        if state is not None and resuming:
+        if state is not None:
             load_model(state, model)
         else:
             if full.init is not None:
@@ -112,16 +139,27 @@ def prepare(config: TrainConfig, report: Report | None = None) -> Run:
                          full.mask_file)
         if full.method == "predefined":
             full.sparsity = round(1 - summary(model).kept_fraction, 6)
-    work_dir = Path(full.work_dir) if full.work_dir else new_work_dir(full, archive)
-    if config.resume is None:
+    device = world.device(full.device or "cpu")
+    if full.auto_batch and config.resume is None:
+        auto_batch.choose(full, config.batch_size, model.to(device), tuple(train_set[0][0].shape), len(train_set), world)
+    world.agree(configuration=full.to_dict(), data=fingerprint(archive), patterns=checkpoint.pattern_digest(model),
+                resume_file=state and state.name)
+    work_dir = world.gather(Path(full.work_dir) if full.work_dir else new_work_dir(full, archive))[0]
+    if config.resume is None and world.first:
         create_work_dir(work_dir)
         full.work_dir = str(work_dir)
         full.write(work_dir / "config.yaml")
-    trainer = Trainer(full, model.to(full.device), train_set, quick_test, work_dir, report)
-    if resuming:
+    full.work_dir = str(work_dir)
+    report = report or (Report(full.epochs or 1) if world.first else Report.silent())
+    for reason in rejected:
+        report.line(f"resume    {reason}")
+    trainer = Trainer(full, model.to(device), train_set, quick_test, work_dir, report, world)
+    if state is not None:
         with validating("--resume"):
-            trainer.resume()
-    return Run(full, archive, model, trainer, work_dir)
+            trainer.resume(state)
+        report.line(f"resume    {state.name}: {trainer.epoch} epochs and {trainer.totals.step} steps are done")
+    world.gather(None)  # the directory exists before any other process goes on
+    return Run(full, archive, model, trainer, work_dir, world)
 
 
 def open_archive(config: TrainConfig) -> Archive:
@@ -144,6 +182,14 @@ def open_archive(config: TrainConfig) -> Archive:
         with validating("--data"):
             archive = Archive.open(config.data, config.layout)
     return archive.with_split(config.split) if config.fold is None else archive.fold(config.fold)
+
+
+def fingerprint(archive: Archive) -> str:
+    """SHA-256 of which sequences there are: lengths, labels and splits."""
+    digest = hashlib.sha256()
+    for array in (archive.offset, archive.label, archive.train):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def resolve(config: TrainConfig, archive: Archive) -> TrainConfig:
