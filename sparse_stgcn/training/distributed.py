@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import TrainingError, UserError
 
-__all__ = ["Traffic", "World", "launched", "restarts", "traffic"]
+__all__ = ["Traffic", "World", "launched", "traffic"]
 
 TIMEOUT = timedelta(minutes=30)  # that a process may be behind the others: loading data takes long on the first machine
 # What gloo and NCCL say when the other end of a connection is gone.
@@ -31,11 +31,6 @@ _LOST = ("connection closed", "connection reset", "broken pipe", "socket", "time
 def launched() -> bool:
     """Whether torchrun (or what sets the same variables) started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def restarts() -> bool:
-    """Whether torchrun was told to start the processes again after a failure (``--max-restarts``)."""
-    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
 @dataclass(frozen=True)
