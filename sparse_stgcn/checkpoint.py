@@ -28,6 +28,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +44,7 @@ from .pattern_coding import GAPS, LIVE, Recipe, decode, encode
 from .recognizer import Ensemble, Recognizer
 from .sparsity import mask_layers, maskable_convs, parse_block
 
-__all__ = ["dense_bytes", "from_paper", "from_pyskl", "load", "pack", "read_metadata", "read_tensors",
+__all__ = ["dense_bytes", "from_paper", "from_pyskl", "load", "pack", "pattern_digest", "read_metadata", "read_tensors",
            "rebuild", "save", "size", "to_pyskl", "unpack", "write_atomically", "write_tensors"]
 
 FORMAT = 2
@@ -284,10 +285,21 @@ def write_atomically(path: str | Path, content: bytes) -> int:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
+        _flush_directory(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
     return len(content)
+
+
+def _flush_directory(path: Path) -> None:
+    """Make a rename last through a loss of power, where the system can: a directory is not a file everywhere."""
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -326,6 +338,11 @@ def _read_patterns(model: nn.Module, tensors: Mapping[str, Tensor], description:
         raise ValueError("Expected the patterns of this network, with the digest that was saved with them. "
                          "Got others; the file is damaged.")
     return patterns
+
+
+def pattern_digest(model: nn.Module) -> str:
+    """SHA-256 of the patterns of all sparse convolutions, in the order of the network."""
+    return _digest([pattern for _, _, pattern in _sparse_layers(model)])
 
 
 def _digest(patterns: list[BlockPattern]) -> str:

@@ -24,6 +24,7 @@ OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_beha
 OptionalStr = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
 
 SCHEDULES = ("linear", "constant")
+PRECISIONS = ("float32", "bf16")
 LASSO_STEPS = ("gradient", "proximal")
 GROUPS = ("block", "tensor", "global")
 
@@ -45,7 +46,7 @@ WARMUP = {"synthetic": 1 / 6, "small": 0.085, "large": 0.6}
 T = TypeVar("T", bound="TrainConfig")
 
 # What may differ between the first part of a run and its continuation: where it runs, not what it computes.
-_FREE_ON_RESUME = ("config", "resume", "data", "device", "threads", "workers", "tensorboard")
+_FREE_ON_RESUME = ("config", "resume", "data", "device", "threads", "workers", "keep", "save_every_steps", "tensorboard")
 _NOT_RECORDED = ("config", "resume")
 
 
@@ -116,7 +117,12 @@ class TrainConfig:
     warmup_epochs: OptionalInt = None
     """Epochs of the dense warm-up. Default: 0.6 of the epochs, a sixth on the synthetic set."""
     batch_size: OptionalInt = None
-    """Sequences per step."""
+    """Sequences per step, of all processes together."""
+    auto_batch: bool = False
+    """Choose the batch size: the largest power of two that fits into memory. With --batch-size, keep it and choose
+    --accumulate, so that it fits."""
+    accumulate: int = 1
+    """Compute a step in this many parts, one after another: less memory for the same step. Batch norm sees the parts."""
     clip_len: OptionalInt = None
     """Frames sampled from each sequence."""
     num_person: OptionalInt = None
@@ -134,6 +140,15 @@ class TrainConfig:
     scale: OptionalFloat = None
     """Largest random change of size per axis, as a fraction. Default: 0.1 for small sets, else 0."""
 
+    ema: OptionalFloat = None
+    """Test and keep an exponential moving average of the weights with this decay, e.g. 0.999. Default: the weights
+    themselves."""
+    precision: str = "float32"
+    """float32, or bf16: convolutions and products of the forward and backward pass in bfloat16 (autocast)."""
+    sync_norm: bool = True
+    """With several processes: batch norm over the whole batch, as one process would. --no-sync-norm: over each process's
+    share, which exchanges less."""
+
     eval_every: OptionalInt = None
     """Test on one clip per sequence every this many epochs, and at the end of each stage."""
     eval_clips: int = 10
@@ -146,6 +161,10 @@ class TrainConfig:
     """CPU threads. Default: what torch chooses."""
     workers: OptionalInt = None
     """Processes that load data; 0 loads in the main process."""
+    keep: int = 2
+    """Resume files that stay in the work directory: the newest ones."""
+    save_every_steps: OptionalInt = None
+    """Save the state every this many steps. Default: at the end of each epoch; at the end of an epoch it is saved anyway."""
     work_dir: OptionalStr = None
     """Directory for what the run writes. Default: a new one under runs/."""
     tensorboard: bool = False
@@ -223,13 +242,15 @@ class TrainConfig:
         one_of("--lasso-schedule", self.lasso_schedule, SCHEDULES)
         one_of("--lasso-step", self.lasso_step, LASSO_STEPS)
         one_of("--lasso-group", self.lasso_group, GROUPS)
+        one_of("--precision", self.precision, PRECISIONS)
         with validating("--block"):
             parse_block(self.block)
         if not isinstance(self.sparsity, str) and not 0 <= self.sparsity < 1:
             raise UserError(f"Expected --sparsity in [0, 1), the fraction of weights masked (0.95 keeps "
                             f"5 %). Got {self.sparsity:g}.")
         for name in ("sequences", "epochs", "batch_size", "clip_len", "num_person", "lr_reference_batch",
-                     "eval_every", "eval_clips", "threads", "base_channels", "trial_epochs"):
+                     "eval_every", "eval_clips", "threads", "base_channels", "trial_epochs", "accumulate", "keep",
+                     "save_every_steps"):
             self._at_least(name, 1)
         for name in ("warmup_epochs", "measure_epochs", "workers", "fold", "seed"):
             self._at_least(name, 0)
@@ -237,6 +258,7 @@ class TrainConfig:
             value = getattr(self, name)
             self._number(name, value is None or 0 <= value < math.inf, "a finite number >= 0")
         self._number("lr", 0 < self.lr < math.inf, "a finite number > 0")
+        self._number("ema", self.ema is None or 0 < self.ema < 1, "a number in (0, 1)")
         self._number("momentum", 0 < self.momentum < 1, "a number in (0, 1)")
         if self.sparse and self.epochs is not None and self.warmup_epochs is not None \
                 and self.warmup_epochs >= self.epochs:
@@ -286,8 +308,10 @@ class TrainConfig:
         return {k: v for k, v in asdict(self).items() if k not in _NOT_RECORDED}
 
     def write(self, path: str | Path) -> None:
-        """Write the keys as YAML; ``read`` gives the same configuration back."""
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        """Write the keys as YAML, as a whole or not at all; ``read`` gives the same configuration back."""
+        from .checkpoint import write_atomically
+
+        write_atomically(path, yaml.safe_dump(self.to_dict(), sort_keys=False).encode())
 
     @classmethod
     def read(cls: type[T], path: str | Path) -> T:
@@ -308,6 +332,40 @@ class TrainConfig:
         if not isinstance(content, Mapping):
             raise UserError(f"Expected {path} to hold 'key: value' lines. Got a {type(content).__name__}.")
         return cls.from_mapping(content, path)
+
+    @classmethod
+    def recorded(cls: type[T], work_dir: str | Path) -> T:
+        """The configuration of the run in ``work_dir``.
+
+        Raises:
+            UserError: there is none, or it cannot be read.
+        """
+        path = Path(work_dir) / "config.yaml"
+        if not path.is_file():
+            raise UserError(f"Expected --resume to be the work directory of a run. Got {work_dir}, which "
+                            "has no config.yaml.")
+        return cls.read(path)
+
+    def resuming(self: T, work_dir: str | Path) -> T:
+        """The configuration that goes on with the run in ``work_dir``; keys that are None here are as they were.
+
+        Raises:
+            UserError: a key here would change what the run computes.
+        """
+        there = type(self).recorded(work_dir)
+        here = replace(self, **{f.name: getattr(there, f.name) for f in fields(self) if getattr(self, f.name) is None})
+        if here.method == "predefined":
+            here.sparsity = there.sparsity  # the file set it
+        if here.auto_batch:
+            here.accumulate = there.accumulate
+        changed = [_flag(f.name) for f in fields(self) if f.name not in (*_FREE_ON_RESUME, "work_dir")
+                   and getattr(here, f.name) != getattr(there, f.name)]
+        if changed:
+            raise UserError(f"Expected --resume to continue the run unchanged. Got other values for "
+                            f"{', '.join(changed)}; leave them out, or start a new run.")
+        # The directory may have been moved or renamed since it was written.
+        here.config, here.resume, here.work_dir = None, str(work_dir), str(work_dir)
+        return here
 
     @classmethod
     def from_mapping(cls: type[T], content: Mapping[str, Any], path: str | Path) -> T:
@@ -343,22 +401,12 @@ def parse_as(kind: type[T], argv: Sequence[str] | None = None, prog: str | None 
     if known.resume is not None:
         if known.config is not None:
             raise UserError("Expected --resume without --config, as the run keeps its own. Remove --config.")
-        recorded = Path(known.resume) / "config.yaml"
-        if not recorded.is_file():
-            raise UserError(f"Expected --resume to be the work directory of a run. Got {known.resume}, which "
-                            "has no config.yaml.")
-        default = kind.read(recorded)
+        default = kind.recorded(known.resume)
     elif known.config is not None:
         default = kind.read(known.config)
     config = tyro.cli(kind, args=argv, default=default, prog=prog)
     if known.resume is not None:
-        # The directory may have been moved or renamed since it was written.
-        default.work_dir = config.work_dir = known.resume
-        changed = [_flag(f.name) for f in fields(config)
-                   if f.name not in _FREE_ON_RESUME and getattr(config, f.name) != getattr(default, f.name)]
-        if changed:
-            raise UserError(f"Expected --resume to continue the run unchanged. Got other values for "
-                            f"{', '.join(changed)}; leave them out, or start a new run.")
+        return config.resuming(known.resume)
     return config
 
 

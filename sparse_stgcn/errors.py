@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
-__all__ = ["TrainingError", "UserError", "one_of", "run", "validating"]
+__all__ = ["Stopped", "TrainingError", "UserError", "one_of", "run", "validating"]
 
 
 class UserError(ValueError):
@@ -16,6 +16,10 @@ class UserError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training cannot go on (the loss is not finite). The message says what to change."""
+
+
+class Stopped(Exception):
+    """The process was asked to end (SIGTERM) and has saved its work. The message says how to go on."""
 
 
 @contextmanager
@@ -57,8 +61,8 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
     """Run a command's ``main`` and return its exit code.
 
     0 when it returned (or what it returned), 2 with one line on stderr after a UserError, 1 with one line
-    after a TrainingError, 130 after Ctrl-C. Every other exception passes through with its traceback. Warnings
-    take one line on stderr, too.
+    after a TrainingError, 143 with one line after Stopped, 130 after Ctrl-C. Every other exception passes through with its
+    traceback. Warnings take one line on stderr, too.
     """
     try:
         with warnings.catch_warnings():
@@ -68,6 +72,8 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
         return _report("error", error, 2)
     except TrainingError as error:
         return _report("error", error, 1)
+    except Stopped as error:
+        return _report("stopped", error, 128 + 15)  # what a shell gives for a process that SIGTERM has ended
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

@@ -258,7 +258,7 @@ def _fused(norms: list[nn.BatchNorm2d], xs: list[Tensor], residual: Tensor | Non
 
 
 @torch.no_grad()
-def track(bn: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
+def track(bn: nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tensor) -> None:
     """Takes the mean and the unbiased variance of a batch into the running statistics, as ``nn.BatchNorm2d`` does."""
     if bn.running_mean is None:
         return

@@ -70,6 +70,11 @@ class MultiLevelConfig(TrainConfig):
         if not 0 <= self.between <= len(self.levels) - 2:
             raise UserError(f"Expected --between from 0 to {len(self.levels) - 2}, the levels that are neither widest nor "
                             f"sparsest. Got {self.between}.")
+        if self.ema is not None or self.auto_batch:
+            raise UserError("Expected several levels without --ema and --auto-batch, which are for a single network. Remove "
+                            "them.")
+        if self.density == "auto":
+            raise UserError("Expected --density uniform or erk, as the masks of several levels lie inside each other. Got auto.")
         if not 0 <= self.distillation <= 1:
             raise UserError(f"Expected --distillation in [0, 1]. Got {self.distillation:g}.")
         super().validate()

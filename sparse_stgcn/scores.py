@@ -18,7 +18,7 @@ from .checkpoint import write_atomically
 from .data.storage import read_npz
 from .metrics import summary
 
-__all__ = ["Scores", "accuracy", "predict", "predict_all"]
+__all__ = ["Scores", "accuracy", "joined", "predict", "predict_all"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ def predict_all(models: Sequence[nn.Module], dataset: Dataset, sample: Sequence[
     """:func:`predict` for several models on one device, whose input is prepared once."""
     device = next(models[0].parameters()).device
     clips = dataset[0][0].shape[0] if dataset[0][0].ndim == 5 else 1
-    loader = DataLoader(dataset, batch_size=max(1, batch_size // clips), num_workers=workers)
+    # With a generator of its own the loader leaves torch's random state as it is: a test changes no training.
+    loader = DataLoader(dataset, batch_size=max(1, batch_size // clips), num_workers=workers, generator=torch.Generator())
     training, labels, indices = [model.training for model in models], [], []
     logits: list[list[torch.Tensor]] = [[] for _ in models]
     for model in models:
@@ -117,6 +118,12 @@ def predict_all(models: Sequence[nn.Module], dataset: Dataset, sample: Sequence[
     return [Scores(names, torch.cat(labels).numpy().astype(np.int64), logit.softmax(2).mean(1).numpy(),
                    logit.mean(1).numpy(), dict(protocol))
             for logit, protocol in zip(map(torch.cat, logits), protocols or [{}] * len(models), strict=True)]
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """Scores of the samples of all parts, one part after another, with the protocol of the first."""
+    join = lambda name: np.concatenate([getattr(part, name) for part in parts])
+    return Scores(join("sample"), join("label"), join("probability"), join("logit"), dict(parts[0].protocol))
 
 
 def accuracy(model: nn.Module, dataset: Dataset, batch_size: int = 32, workers: int = 0) -> float:

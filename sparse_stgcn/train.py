@@ -1,19 +1,21 @@
 """python -m sparse_stgcn.train: train a network in two stages, test it, and write it to a work directory."""
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig, parse
-from .errors import run
+from .errors import UserError, run
 
 __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; see ``--help``. Errors are for ``errors.run`` to report."""
-    config = parse(argv, prog="python -m sparse_stgcn.train")
+    config = continued(parse(argv, prog="python -m sparse_stgcn.train"))
     from .training.run import prepare
 
     job = prepare(config)
@@ -26,10 +28,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nstopped; continue with: python -m sparse_stgcn.train --resume {job.work_dir}",
               file=sys.stderr)
         raise
-    for text in conclusion(job.finish()):
-        line(text)
-    line(f"files     {job.work_dir}; test again with: python -m sparse_stgcn.evaluate {job.work_dir}")
+    result = job.finish()
+    if job.world.first:
+        for text in conclusion(result):
+            line(text)
+        line(f"files     {job.work_dir}; test again with: python -m sparse_stgcn.evaluate {job.work_dir}")
+    job.world.leave()
     return 0
+
+
+def continued(config: TrainConfig) -> TrainConfig:
+    """Where torchrun may start processes again (``--max-restarts``), the configuration that goes on with the run in
+    ``work_dir`` if there is one; else ``config``.
+
+    Raises:
+        UserError: no ``--work-dir``, by which a process that is started again finds its run.
+    """
+    if config.resume is not None or not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        return config
+    if config.work_dir is None:
+        raise UserError("Expected --work-dir together with torchrun --max-restarts, so that a process that is started again "
+                        "finds its run. Got none.")
+    return config.resuming(config.work_dir) if (Path(config.work_dir) / "config.yaml").exists() else config
 
 
 def introduction(config: TrainConfig, job: Any) -> list[str]:
@@ -38,17 +58,19 @@ def introduction(config: TrainConfig, job: Any) -> list[str]:
     source = "the embedded synthetic set (no --data)" if config.data is None else config.data
     stages = (f"{config.epochs} epochs, {config.warmup_epochs} of them dense warm-up" if config.sparse
               else f"{config.epochs} epochs, dense")
+    processes = "" if job.world.size == 1 else f" in each of {job.world.size} processes"
     return [
         f"data      {source}: {len(trainer.train_set)} training and {len(trainer.test_set)} test sequences, "
         f"{archive.num_classes} classes, split {archive.info.get('split')}, stream {config.stream}",
         f"network   {config.backbone}, {archive.skeleton.name} layout, "
         + ("dense" if not config.sparse else f"sparsity {config.level}{f' ({config.budget})' if config.budget else ''}, "
                                              f"block {config.block}, {config.density}"),
-        f"recipe    {stages}, batch {config.batch_size}, {config.clip_len} frames, seed {config.seed}",
+        f"recipe    {stages}, batch {config.batch_size}" + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
+        + f", {config.clip_len} frames, seed {config.seed}",
         f"rate      {config.learning_rate:.4g} = {config.lr:g} x {config.batch_size} / "
         f"{config.lr_reference_batch}, cosine to 0; momentum {config.momentum:g}, weight decay "
         f"{config.weight_decay:g}",
-        f"machine   {config.device}, {config.threads} threads; work directory {job.work_dir}",
+        f"machine   {config.device}, {config.threads} threads{processes}; work directory {job.work_dir}",
     ]
 
 

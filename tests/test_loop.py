@@ -224,7 +224,8 @@ def test_finish_writes_everything_and_evaluate_agrees(tmp_path: Path,
     job.fit()
     result = job.finish()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "config.yaml", "log.jsonl", "model.safetensors", "result.json", "resume.safetensors", "scores.npz"]
+        "config.yaml", "log.jsonl", "model.safetensors", "result.json", "resume.1.safetensors", "resume.safetensors",
+        "scores.npz"]
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == json.loads(json.dumps(result))
     weights = result["weights"]
     assert weights["maskable_kept"] / weights["maskable"] == pytest.approx(0.2, abs=0.02)

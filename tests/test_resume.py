@@ -140,7 +140,7 @@ def test_a_broken_state_is_named(content: bytes, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_not_a_state(tmp_path: Path) -> None:
-    run = start(tmp_path, "cut")
+    run = start(tmp_path, "cut", keep=1)
     run.fit()
     run.finish()
     (tmp_path / "cut" / "model.safetensors").rename(tmp_path / "cut" / "resume.safetensors")

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ..allocation.budget import Budget
 from ..allocation.costs import Costs
@@ -192,7 +191,7 @@ class Automatic(TwoStage):
                      costs.seconds(counts), damage, loss, lost, chosen)
 
 
-def verified(work_dir: Path, model: nn.Module, config: TrainConfig) -> dict[str, Any] | None:
+def verified(work_dir: Path, model: Recognizer, config: TrainConfig) -> dict[str, Any] | None:
     """``auto.json`` and what the trained network really has; None for a run without it.
 
     ``measured`` has the kept weights and, where a latency was predicted, the ``seconds`` of optimised inference, now.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,14 @@ from ..kernels import BlockPattern
 from ..recognizer import Recognizer
 from ..scores import predict_all
 from ..sparsity import summary
+from .batches import Part
+from .distributed import World
+from .generator import TwoStage
 from .levels import Levels
 from .loop import Trainer
 from .report import Report
+from .step import Step
+from .stop import StopRequest
 
 __all__ = ["MultiLevelTrainer"]
 
@@ -74,43 +79,15 @@ class MultiLevelTrainer(Trainer):
         # A level that is not active in a step has no gradients; the fused optimizer needs all or none of a group.
         for parameters in levels.own_parameters():
             self.optimizer.add_param_group({"params": parameters})
+        self.step = LevelsStep(self.config, levels, self.method, self.optimizer, self.between, self.distillation)
 
     def _trained(self) -> nn.Module:
         return self.model if self.levels is None else self.levels
 
-    def _train_epoch(self) -> dict[str, Any]:
+    def _train_epoch(self, stop: StopRequest) -> dict[str, Any]:
         if self.levels is not None:
             self.levels.train()
-        return super()._train_epoch()
-
-    def _step(self, keypoint: Tensor, label: Tensor, coefficient: float) -> tuple[float, float, int]:
-        if self.levels is None:
-            return super()._step(keypoint, label, coefficient)
-        keypoint = keypoint.to(self.device, non_blocking=True)
-        label = label.to(self.device, non_blocking=True)
-        self.optimizer.zero_grad(set_to_none=True)
-        logits = self.model(keypoint)
-        loss = F.cross_entropy(logits, label)
-        loss.backward()
-        answer, losses = logits.detach().softmax(1), [loss.detach()]
-        for index in self._active():
-            scores = self.levels.members[index](keypoint)
-            distilled = F.cross_entropy(scores, answer) if self.distillation > 0 else scores.new_zeros(())
-            direct = F.cross_entropy(scores, label) if self.distillation < 1 else scores.new_zeros(())
-            loss = (1 - self.distillation) * direct + self.distillation * distilled
-            loss.backward()
-            self.levels.collect(index)
-            losses.append(loss.detach())
-        self.optimizer.step()
-        self.levels.update()
-        values = torch.stack(losses).tolist()
-        broken = [value for value in values if not math.isfinite(value)]
-        return (broken or values)[0], 0.0, int((logits.argmax(1) == label).sum())
-
-    def _active(self) -> list[int]:
-        """The levels of a step besides the widest: some between, from torch's random state, and the sparsest."""
-        last = len(self.patterns) - 1
-        return [*(1 + torch.randperm(last - 1)[:self.between]).sort().values.tolist(), last]
+        return super()._train_epoch(stop)
 
     def _evaluate(self) -> dict[str, Any]:
         if self.levels is None:
@@ -121,3 +98,48 @@ class MultiLevelTrainer(Trainer):
         return {"test_accuracy": float((mean.argmax(1) == scores[0].label).mean()),
                 "test_accuracy_levels": [s.metrics()["top1"] for s in scores],
                 "test_seconds": time.perf_counter() - start}
+
+
+class LevelsStep(Step):
+    """Steps of stage 2, see the module; returns what a ``Step`` returns of the widest level.
+
+    Args:
+        levels: the networks.
+        between, distillation: see ``MultiLevelTrainer``.
+    """
+
+    def __init__(self, config: TrainConfig, levels: Levels, method: TwoStage, optimizer: torch.optim.Optimizer, between: int,
+                 distillation: float) -> None:
+        super().__init__(config, levels.widest, method, optimizer, None, World())
+        self.levels, self.between, self.distillation = levels, between, distillation
+
+    def __call__(self, parts: Iterable[tuple[Part, Tensor, Tensor]], coefficient: float) -> tuple[float, float, int]:
+        loss_sum, hits, active = 0.0, 0, self._active()
+        self.optimizer.zero_grad(set_to_none=True)
+        for part, keypoint, label in parts:
+            keypoint = keypoint.to(self.device, non_blocking=True)
+            label = label.to(self.device, non_blocking=True)
+            logits = self.forward(self.model, keypoint)
+            loss = F.cross_entropy(logits, label)
+            (part.weight * loss).backward()
+            answer, losses = logits.detach().softmax(1), [loss.detach()]
+            for index in active:
+                scores = self.forward(self.levels.members[index], keypoint)
+                distilled = F.cross_entropy(scores, answer) if self.distillation > 0 else scores.new_zeros(())
+                direct = F.cross_entropy(scores, label) if self.distillation < 1 else scores.new_zeros(())
+                loss = (1 - self.distillation) * direct + self.distillation * distilled
+                (part.weight * loss).backward()
+                self.levels.collect(index)
+                losses.append(loss.detach())
+            # A loss that is not finite ends the training, whichever level has it.
+            broken = [float(value) for value in losses if not math.isfinite(value)]
+            loss_sum += (broken[0] if broken else float(losses[0])) * len(label)
+            hits += int((logits.argmax(1) == label).sum())
+        self.optimizer.step()
+        self.levels.update()
+        return loss_sum, 0.0, hits
+
+    def _active(self) -> list[int]:
+        """The levels of a step besides the widest: some between, from torch's random state, and the sparsest."""
+        last = len(self.levels.members) - 1
+        return [*(1 + torch.randperm(last - 1)[:self.between]).sort().values.tolist(), last]

@@ -16,10 +16,11 @@ from ..ensemble import describe
 from ..errors import UserError, validating
 from ..scores import predict_all
 from ..sparsity import mask_layers, maskable_convs, summary
-from . import run
+from . import events, run
 from .checkpoint import load_network
+from .distributed import World, launched
 from .levels import Levels
-from .loop import STATE
+from .kept import KeptStates
 from .multilevel import MultiLevelTrainer
 from .report import Report
 
@@ -39,6 +40,11 @@ class MultiLevelRun:
     archive: Archive
     trainer: MultiLevelTrainer
     work_dir: Path
+
+    @property
+    def world(self) -> World:
+        """The one process that trains it."""
+        return self.trainer.world
 
     def fit(self) -> None:
         """Train the epochs that are left."""
@@ -90,21 +96,24 @@ def prepare(config: MultiLevelConfig, report: Report | None = None) -> MultiLeve
         UserError: whatever is wrong with the configuration or the data; nothing has been written then.
     """
     config.validate()
-    state = None if config.resume is None else Path(config.resume) / STATE
-    resuming = state is not None and state.exists()
+    if launched():
+        raise UserError("Expected sparse_stgcn.multilevel in one process. Got several, from torchrun; start it without.")
     archive = run.open_archive(config)
     full = run.resolve(config, archive)
     train_set = run.dataset(full, archive, "train", train=True)
     archive.check_classes("train")
     quick_test = run.test_set(replace(full, eval_clips=1), archive)
+    if full.tensorboard:
+        events.require()
     run.set_up_torch(full)
     network: Any = run.network(full, archive)
+    state, rejected = (None, []) if config.resume is None else KeptStates(Path(config.resume)).newest(network)
     with validating():
-        if full.init is not None and not resuming:
+        if full.init is not None and state is None:
             run.start_from(network, full.init)
         patterns = masks.draw_levels(mask_layers(network, full.block), full.levels, full.method, full.density, full.scope,
                                      full.seed)
-        if state is not None and resuming:
+        if state is not None:
             network = trained(state, network.config, patterns, full)
         else:
             for name, conv in maskable_convs(network).items():
@@ -116,9 +125,13 @@ def prepare(config: MultiLevelConfig, report: Report | None = None) -> MultiLeve
         full.write(work_dir / "config.yaml")
     trainer = MultiLevelTrainer(full, network, patterns, train_set, quick_test, work_dir, report, full.between,
                                 full.distillation, full.classifier == "own")
-    if resuming:
+    for reason in rejected:
+        trainer.report.line(f"resume    {reason}")
+    if state is not None:
         with validating("--resume"):
-            trainer.resume()
+            trainer.resume(state)
+    if full.tensorboard:
+        trainer.report.events = events.EventLog(work_dir / "tensorboard", trainer.history)
     return MultiLevelRun(full, archive, trainer, work_dir)
 
 

@@ -34,6 +34,11 @@ class Report:
             TimeRemainingColumn(), console=self.console, transient=True, disable=not self.console.is_terminal)
         self._task: Any = None
 
+    @classmethod
+    def silent(cls) -> Report:
+        """One that shows nothing: of a process that leaves the talking to another."""
+        return cls(1, Console(quiet=True))
+
     def __enter__(self) -> Report:
         self._bar.start()
         return self
@@ -47,11 +52,11 @@ class Report:
         """One line of text, above the bar if there is one."""
         self._bar.console.print(text, markup=False)
 
-    def begin(self, epoch: int, stage: str, steps: int) -> None:
-        """A new bar for epoch ``epoch`` (from 0) of ``steps`` steps."""
+    def begin(self, epoch: int, stage: str, steps: int, done: int = 0) -> None:
+        """A new bar for epoch ``epoch`` (from 0) of ``steps`` steps, ``done`` of them before."""
         if self._task is not None:
             self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(f"epoch {epoch + 1}/{self.epochs} {stage}", total=steps,
+        self._task = self._bar.add_task(f"epoch {epoch + 1}/{self.epochs} {stage}", total=steps, completed=done,
                                         loss=0.0, lasso=0.0, accuracy=0.0, speed=0.0)
 
     def step(self, *, loss: float, lasso: float, accuracy: float, speed: float) -> None:

@@ -1,6 +1,7 @@
 """One training run from its configuration: what is checked and built first, and what is reported last."""
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import os
@@ -11,8 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 from .. import checkpoint
 from ..backbones import BACKBONES, create_model
@@ -23,12 +26,14 @@ from ..data.dataset import SkeletonDataset
 from ..errors import UserError, validating
 from ..kernels import backends
 from ..recognizer import Recognizer
-from ..scores import Scores, predict
+from ..scores import Scores, joined, predict
 from ..sparsity import densify, sparsify, summary
-from . import events
+from . import auto_batch, events
 from .auto import Automatic, Problem, verified
 from .checkpoint import load_model
-from .loop import STATE, Trainer
+from .distributed import World
+from .kept import KeptStates, writing
+from .loop import Trainer
 from .report import Report
 
 __all__ = ["Run", "network", "open_archive", "prepare", "start_from", "test_set", "times", "write_json", "write_results"]
@@ -45,33 +50,51 @@ class Run:
     model: Recognizer
     trainer: Trainer
     work_dir: Path
+    world: World
 
     def fit(self) -> None:
         """Train the epochs that are left."""
         self.trainer.fit()
 
     def finish(self) -> dict[str, Any]:
-        """Test, write ``scores.npz``, ``model.safetensors`` and ``result.json``; the content of the last."""
+        """Test, write ``scores.npz``, ``model.safetensors`` and ``result.json``; the content of the last.
+
+        Of several processes each tests a share, and the first one writes.
+        """
         start = time.perf_counter()
-        dataset = test_set(self.config, self.archive)
-        scores = predict(self.model, dataset, dataset.sample_ids, self.trainer.batch_size,
-                         self.trainer.workers, protocol(self.config, self.archive))
-        seconds = {**times(self.trainer.history), "test": time.perf_counter() - start}
-        return write_results(self.work_dir, self.config, self.archive, self.model, scores, self.trainer.history, seconds)
+        scores = self._test()
+        if not self.world.first:
+            return {}
+        with writing(KeptStates(self.work_dir)):
+            seconds = {**times(self.trainer.history), "test": time.perf_counter() - start}
+            return write_results(self.work_dir, self.config, self.archive, self.trainer.network, scores, self.trainer.history,
+                                 seconds, self.world.size)
+
+    def _test(self) -> Scores:
+        dataset, trainer = test_set(self.config, self.archive), self.trainer
+        self.world.copy_buffers(trainer.network)
+        own = self.world.share(range(len(dataset)))
+        scores = None if not own else predict(
+            trainer.network, Subset(dataset, own), dataset.sample_ids, trainer.batch_size, trainer.workers,
+            protocol(self.config, self.archive))
+        return joined([part for part in self.world.gather(scores) if part is not None])
 
 
-def write_results(work_dir: Path, config: TrainConfig, archive: Archive, model: nn.Module, scores: Scores,
-                  history: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]) -> dict[str, Any]:
+def write_results(work_dir: Path, config: TrainConfig, archive: Archive, model: Any, scores: Scores,
+                  history: Sequence[Mapping[str, Any]], seconds: Mapping[str, float], processes: int = 1,
+                  ) -> dict[str, Any]:
     """Write ``scores.npz``, ``model.safetensors`` and ``result.json`` of a trained network; the content of the last.
 
     Args:
         scores: of all test clips.
         history: see ``loop.Trainer``.
         seconds: of each stage, evaluation and test.
+        processes: how many trained it.
     """
     tested = [record for record in history if "test_accuracy" in record]
     best = max(tested, key=lambda record: record["test_accuracy"])
     kept, metrics = summary(model), scores.metrics()
+    result: dict[str, Any]
     about = meta(config, archive, metrics) | {"protocol": dict(scores.protocol)}
     scores.save(work_dir / "scores.npz")
     size = checkpoint.save(model, work_dir / "model.safetensors", **about)
@@ -86,7 +109,7 @@ def write_results(work_dir: Path, config: TrainConfig, archive: Archive, model: 
         "file": {"bytes": size, "dense_bytes": dense, "times_smaller": dense / size},
         "seconds": dict(seconds),
         **({"auto": chosen} if (chosen := verified(work_dir, model, config)) else {}),
-        "environment": environment(torch.device(config.device or "cpu")),
+        "environment": environment(torch.device(config.device or "cpu")) | {"processes": processes},
         "config": config.to_dict(),
         "history": list(history),
     }
@@ -109,15 +132,19 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def prepare(config: TrainConfig, report: Report | None = None) -> Run:
     """Check and build everything that training needs, then create the work directory.
 
+    Under torchrun the processes meet first, and the first one alone creates and speaks.
+
     Raises:
-        UserError: whatever is wrong with the configuration or the data; nothing has been written then.
+        UserError: whatever is wrong with the configuration or the data, or the processes differ in it; nothing has been
+            written then.
     """
     config.validate()
     if config.tensorboard:
         events.require()
-    # A run that stopped in its first epoch has no state yet: its continuation is the run from the start.
-    state = None if config.resume is None else Path(config.resume) / STATE
-    resuming = state is not None and state.exists()
+    world = World.join(config.device)
+    if config.automatic and world.size > 1:
+        raise UserError(f"Expected --sparsity auto and --density auto in one process. Got {world.size}; train with the "
+                        "densities that one process has chosen.")
     archive = open_archive(config)
     full = resolve(config, archive)
     train_set = dataset(full, archive, "train", train=True)
@@ -125,8 +152,10 @@ def prepare(config: TrainConfig, report: Report | None = None) -> Run:
     quick_test = test_set(replace(full, eval_clips=1), archive)
     set_up_torch(full)
     model = network(full, archive)
+    # A run that stopped before it saved anything has no state: its continuation is the run from the start.
+    state, rejected = (None, []) if config.resume is None else KeptStates(Path(config.resume)).newest(model)
     with validating():
-        if state is not None and resuming:
+        if state is not None:
             load_model(state, model)
         else:
             if full.init is not None:
@@ -137,20 +166,31 @@ def prepare(config: TrainConfig, report: Report | None = None) -> Run:
         if full.method == "predefined":
             full.sparsity = round(1 - summary(model).kept_fraction, 6)
         problem = automatic(full, archive) if full.automatic else None
-    work_dir = Path(full.work_dir) if full.work_dir else new_work_dir(full, archive)
-    if config.resume is None:
+    device = world.device(full.device or "cpu")
+    if full.auto_batch and config.resume is None:
+        auto_batch.choose(full, config.batch_size, model.to(device), tuple(train_set[0][0].shape), len(train_set), world)
+    world.agree(configuration=full.to_dict(), data=fingerprint(archive), patterns=checkpoint.pattern_digest(model),
+                resume_file=state and state.name)
+    work_dir = world.gather(Path(full.work_dir) if full.work_dir else new_work_dir(full, archive))[0]
+    if config.resume is None and world.first:
         create_work_dir(work_dir)
         full.work_dir = str(work_dir)
         full.write(work_dir / "config.yaml")
-    trainer = Trainer(full, model.to(full.device), train_set, quick_test, work_dir, report)
+    full.work_dir = str(work_dir)
+    report = report or (Report(full.epochs or 1) if world.first else Report.silent())
+    for reason in rejected:
+        report.line(f"resume    {reason}")
+    trainer = Trainer(full, model.to(device), train_set, quick_test, work_dir, report, world)
     if problem is not None:
-        trainer.method = Automatic(trainer, problem)
-    if resuming:
+        trainer.follow(Automatic(trainer, problem))
+    if state is not None:
         with validating("--resume"):
-            trainer.resume()
-    if full.tensorboard:
+            trainer.resume(state)
+        report.line(f"resume    {state.name}: {trainer.epoch} epochs and {trainer.totals.step} steps are done")
+    if full.tensorboard and world.first:
         trainer.report.events = events.EventLog(work_dir / "tensorboard", trainer.history)
-    return Run(full, archive, model, trainer, work_dir)
+    world.gather(None)  # the directory exists before any other process goes on
+    return Run(full, archive, model, trainer, work_dir, world)
 
 
 def automatic(config: TrainConfig, archive: Archive) -> Problem:
@@ -179,6 +219,14 @@ def open_archive(config: TrainConfig) -> Archive:
         with validating("--data"):
             archive = Archive.open(config.data, config.layout)
     return archive.with_split(config.split) if config.fold is None else archive.fold(config.fold)
+
+
+def fingerprint(archive: Archive) -> str:
+    """SHA-256 of which sequences there are: lengths, labels and splits."""
+    digest = hashlib.sha256()
+    for array in (archive.offset, archive.label, archive.train):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def resolve(config: T, archive: Archive) -> T:
@@ -295,7 +343,7 @@ def create_work_dir(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
-def environment(device: torch.device) -> Mapping[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
     """What the figures of a run depend on besides its configuration."""
     from .. import __version__
 

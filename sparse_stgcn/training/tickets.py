@@ -26,7 +26,8 @@ from ..scores import accuracy, predict
 from ..sparsity import compact, densify, mask_layers, maskable_convs, summary
 from . import run
 from .checkpoint import load_model
-from .loop import STATE, Trainer
+from .kept import KeptStates
+from .loop import Trainer
 from .lottery import ScoredNetwork
 from .report import Report
 
@@ -151,7 +152,7 @@ class Lottery:
         trainer.fit()
         network = trainer.model.ticket() if isinstance(trainer.model, ScoredNetwork) else trainer.model
         self._record(folder, network, trainer, method, init, sparsity, seed, one_clip_before=before)
-        (folder / STATE).unlink()
+        KeptStates(folder).clear()
 
     def _iterative(self, init: str, sparsities: Sequence[float], seed: int) -> None:
         """Train, cut the smallest weights, go back to the early ones; again (Frankle and Carbin 2019, Frankle et al. 2020).
@@ -210,8 +211,9 @@ class Lottery:
     def _trainer(self, config: TrainConfig, folder: Path, build: Callable[[], nn.Module]) -> Trainer:
         """A trainer of the network that ``build`` gives, or of the one in the folder with its state."""
         folder.mkdir(parents=True, exist_ok=True)
-        state, model = folder / STATE, build()
-        if state.exists():
+        model = build()
+        state, rejected = KeptStates(folder).newest(model)
+        if state is not None:
             with validating():
                 model = model if isinstance(model, ScoredNetwork) else self._initial("random", config.seed)
                 load_model(state, model)
@@ -220,9 +222,11 @@ class Lottery:
         trainer = Trainer(config, model.to(config.device), self.train_set, self.quick_test, folder,
                           self.report(self.base.epochs or 1))
         trainer.report.line(f"{folder.relative_to(self.folder)}")
-        if state.exists():
+        for reason in rejected:
+            trainer.report.line(str(reason))
+        if state is not None:
             with validating():
-                trainer.resume()
+                trainer.resume(state)
         return trainer
 
     @property
@@ -265,7 +269,9 @@ class Lottery:
         with validating():
             old = json.loads(path.read_text(encoding="utf-8"))
         changed = [key for key in ("format", "data") if old.get(key) != new[key]]
-        changed += [key for part in ("recipe", "base") for key in new[part] if old.get(part, {}).get(key) != new[part][key]]
+        usual = {"recipe": asdict(Recipe()), "base": asdict(TrainConfig())}  # of keys that came after the file was written
+        changed += [key for part in ("recipe", "base") for key in new[part]
+                    if old.get(part, {}).get(key, usual[part].get(key)) != new[part][key]]
         before = old.get("pretrained", {}).get("sha256")
         if digest is not None and before is not None and digest != before:
             changed.append("pretrained weights")
