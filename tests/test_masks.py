@@ -144,7 +144,7 @@ def test_three_million_weights_in_a_second() -> None:
     ({"sparsity": -0.1}, "Got -0.1"),
     ({"sparsity": float("nan")}, "Got nan"),
     ({"sparsity": "0.9"}, "Got 0.9"),
-    ({"method": "magic"}, "method to be one of random, nested, iid"),
+    ({"method": "magic"}, "method to be one of random, nested, biregular, iid"),
     ({"density": "erdos"}, "density to be one of uniform, erk. Got 'erdos'"),
     ({"scope": "row"}, "scope to be one of layer, block, global. Got 'row'"),
     ({"seed": -1}, "seed to be a whole number"),
