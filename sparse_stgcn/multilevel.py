@@ -74,7 +74,8 @@ class MultiLevelConfig(TrainConfig):
             raise UserError("Expected several levels without --ema and --auto-batch, which are for a single network. Remove "
                             "them.")
         if self.density == "auto":
-            raise UserError("Expected --density uniform or erk, as the masks of several levels lie inside each other. Got auto.")
+            raise UserError("Expected --density uniform or erk, as the masks of several levels lie inside each other. Got "
+                            "auto.")
         if not 0 <= self.distillation <= 1:
             raise UserError(f"Expected --distillation in [0, 1]. Got {self.distillation:g}.")
         super().validate()

@@ -19,8 +19,8 @@ from ..sparsity import mask_layers, maskable_convs, summary
 from . import events, run
 from .checkpoint import load_network
 from .distributed import World, launched
-from .levels import Levels
 from .kept import KeptStates
+from .levels import Levels
 from .multilevel import MultiLevelTrainer
 from .report import Report
 
