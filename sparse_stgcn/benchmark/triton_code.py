@@ -141,7 +141,7 @@ def constants_of(variant: Variant, config: Any) -> dict[str, Any]:
     if variant.kernel in TEMPORAL:
         values |= {"PIXELS": config.pixels, "SLOTS": config.slots}
     if variant.kernel in GRAPH:
-        values |= {"FRAMES": config.frames, "SLOTS": config.slots, "PART": config.rows}
+        values |= {"FRAMES": config.frames, "SLOTS": config.slots, "PART": config.rows, "STRIP": configs.STRIP}
         values["ROWS"] = 8 if variant.kernel == "graph_conv_dx" else config.rows
     if variant.kernel.endswith("_dw") and not variant.cover:
         values["place"] = None
