@@ -135,7 +135,8 @@ def constants_of(variant: Variant, config: Any) -> dict[str, Any]:
     element = ELEMENT[variant.arithmetic]
     values = {
         "BO": variant.block[0], "COLUMNS": variant.block[1], "ALIGN": 16 // BYTES[element] if variant.wide else 1,
-        "JOINTS": variant.joints, "PER_CHANNEL": variant.per_channel, "RELU": True, "PER_BLOCK": 8, "COUNT": 256,
+        "JOINTS": variant.joints, "PER_CHANNEL": variant.per_channel, "RELU": True, "PER_BLOCK": 8,
+        "COUNT": 32 if variant.kernel == "sum_parts" else 1024, "AT_ONCE": 16,
         **precisions(KINDS[variant.arithmetic]), **dict.fromkeys(LAST_STRIDES, 1),
     }  # fmt: skip
     if variant.kernel in TEMPORAL:

@@ -8,7 +8,8 @@ exchanged: weights first, then the graph. With an adjacency per channel o the gr
 the weights multiply what comes out of it. Fused: plus residual; 0 where gate is not positive (a ReLU that made x).
 
 dw: a program owns ROWS output channels and a share of the frames. It brings dy through the graph in registers, STRIP joints
-at a time, and multiplies it with the gathered rows of x; a second pass adds the shares up in their order, and the group lasso's term.
+at a time, and multiplies it with the gathered rows of x; a second pass adds the shares up in a fixed order, and the group
+lasso's term.
 
 Contract: sums in float32; addresses are 64-bit; every load and store of a tile is masked; no atomics; neither W' dy nor
 A dy ever reaches memory.
