@@ -152,7 +152,7 @@ def check_graph_gradients_of_wide_blocks(modules: dict[str, ModuleType]) -> None
 
 
 def check_graph_gradients_in_strips(modules: dict[str, ModuleType]) -> None:
-    check_graph_gradients(modules, N=1, I=3, O=8, V=40, T=2, K=1, density=0.5)
+    check_graph_gradients(modules, N=1, I=3, O=8, V=40, T=2, K=1, density=1.0)
 
 
 CHECKS: dict[str, Check] = {
