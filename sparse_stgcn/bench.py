@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from . import backbones, sparsity
-from .benchmark import gpu_model, networks, ops, prediction, scaling
+from .benchmark import gpu_model, networks, ops, prediction, scaling, triton_count
 from .benchmark.gpu_cards import CARDS
 from .benchmark.measure import environment
 from .benchmark.networks import Pattern, Setting
@@ -19,6 +19,7 @@ from .benchmark.table import Row, markdown, pivot
 from .errors import UserError, one_of, run, validating
 
 WHAT = ("ops", "inference", "training", "warmup", "scaling", "predict")
+TRITON_COUNT = "triton-count"
 
 
 @dataclass
@@ -32,7 +33,9 @@ class BenchConfig:
 
     what: tuple[str, ...] = WHAT
     """Which parts: ops, inference, training (a step on live blocks), warmup (a dense step with the group lasso),
-    scaling (how the cost grows with N, M, T and the live blocks), predict (a user's wait: start, one call, streams)."""
+    scaling (how the cost grows with N, M, T and the live blocks), predict (a user's wait: start, one call, streams). Or
+    triton-count alone: compile the Triton kernels for three GPU architectures and count what their code is made of; no GPU is
+    needed and nothing is measured."""
     backbones: tuple[str, ...] = tuple(backbones.BACKBONES)
     levels: tuple[float, ...] = (0.0, 0.6, 0.8, 0.95, 0.99)
     """Sparsities of the maskable weights; 0 is this package's own dense network."""
@@ -56,13 +59,18 @@ class BenchConfig:
     gpu_model: str | None = None
     """h100 or a100: print what a static model predicts for the GPU kernels on that card instead, at ST-GCN's shapes; no GPU is
     needed and nothing is measured."""
+    part: str = "1/1"
+    """Which share of the Triton kernels triton-count compiles, such as 1/4; --out keeps the rows of the other shares."""
     out: str | None = None
     """JSON file for the rows and what they depend on; a markdown file is written beside it."""
 
     def validate(self) -> None:
         """Raise UserError for a flag that cannot be right."""
         for what in self.what:
-            one_of("--what", what, list(WHAT))
+            one_of("--what", what, [*WHAT, TRITON_COUNT])
+        if TRITON_COUNT in self.what and len(self.what) > 1:
+            raise UserError(f"Expected --what {TRITON_COUNT} alone. Got {' '.join(self.what)}.")
+        triton_count.part_of(self.part)
         if self.gpu_model is not None:
             one_of("--gpu-model", self.gpu_model, list(CARDS))
         for name in self.backbones:
@@ -181,6 +189,16 @@ def predict(card: str, out: Path | None) -> str:
     return summary
 
 
+def count(part: str, out: Path | None) -> str:
+    """The table of a share of the compiled Triton kernels; with ``out`` of all that its file holds then.
+
+    Raises:
+        UserError: triton is not installed.
+    """
+    rows = list(triton_count.counts(*triton_count.part_of(part)))
+    return triton_count.markdown(triton_count.write(out, rows) if out else rows)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; see ``--help``. Errors are for ``errors.run`` to report."""
     import tyro
@@ -190,6 +208,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Path(config.out) if config.out else None
     if config.gpu_model:
         print(predict(config.gpu_model, out))
+        return 0
+    if config.what == (TRITON_COUNT,):
+        print(count(config.part, out))
         return 0
     rows = measure(config, (lambda rows: write(out, config, rows, [])) if out else None)
     grown = growth(config) if "scaling" in config.what else []

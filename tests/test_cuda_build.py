@@ -21,6 +21,7 @@ triton = pytest.importorskip("triton", reason="its wheel brings cuobjdump")
 
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10}
+KINDS = ("unit", "strided", "graph")  # stride 1, any stride, the adjacency's product first
 PER_MULTIPROCESSOR = {80: 164 << 10, 86: 100 << 10, 90: 228 << 10}
 
 
@@ -39,11 +40,11 @@ def short(mangled: str) -> str:
     """`gather Half<bf16, 8> 0` of a kernel's name as the compiler writes it."""
     mangled = re.sub(r"^_ZN12sparse_stgcn4cuda(\d+_GLOBAL__N__\w+?_cu_[0-9a-f]{8})?", "", mangled)
     gather = r"13gather_kernelINS0_\d+(?:HalfI\d(b?f16)|(Tf32|Exact)I)Li(\d+)EEELNS0_4KindE(\d)EEE"
-    weights = r"22weight_gradient_kernelINS1_\d+(?:OnMatrixUnitI(?:\d(b?f16)|f)E|(InFloat32))ELi(\d)ELb([01])EEE"
+    weights = r"22weight_gradient_kernelINS1_\d+(?:OnMatrixUnitI(?:\d(b?f16)|f)E|(InFloat32))ELi(\d)ELNS0_4KindE(\d)EEE"
     if found := re.match(gather, mangled):
-        return f"gather {found[1] or found[2]} {found[3]} {('unit', 'strided', 'graph')[int(found[4])]}"
+        return f"gather {found[1] or found[2]} {found[3]} {KINDS[int(found[4])]}"
     if found := re.match(weights, mangled):
-        return f"weights {found[1] or ('Exact' if found[2] else 'Tf32')} {found[3]} {('strided', 'unit')[int(found[4])]}"
+        return f"weights {found[1] or ('Exact' if found[2] else 'Tf32')} {found[3]} {KINDS[int(found[4])]}"
     if found := re.match(r"\d+((?:mix|outer)_kernel|sum_shares|sum_splits)I(?:\d(b?f16)|f)E", mangled):
         return f"{found[1]} {found[2] or 'float'}"
     return next((name for name in ("plan_slots", "plan_live_rows") if name in mangled), mangled)
@@ -53,10 +54,10 @@ GATHERS = {
     f"gather {a} {rows} {kind}"
     for a in ("bf16", "f16", "Tf32", "Exact")
     for rows in (8, 16, 32)
-    for kind in ("unit", "strided", "graph")
+    for kind in KINDS
 }
-WEIGHTS = {f"weights {a} {eights} {kind}" for a in ("bf16", "f16", "Tf32") for eights in (1, 2) for kind in ("unit", "strided")}
-WEIGHTS |= {"weights Exact 1 unit", "weights Exact 1 strided"}
+WEIGHTS = {f"weights {a} {eights} {kind}" for a in ("bf16", "f16", "Tf32") for eights in (1, 2) for kind in KINDS}
+WEIGHTS |= {f"weights Exact 1 {kind}" for kind in KINDS}
 SIMPLE = {f"{name}_{what} {t}" for name, what in (("mix", "kernel"), ("outer", "kernel"), ("sum", "shares"), ("sum", "splits"))
           for t in ("float", "bf16", "f16")}
 EXPECTED = GATHERS | WEIGHTS | SIMPLE | {"plan_slots", "plan_live_rows"}

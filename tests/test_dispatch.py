@@ -52,10 +52,11 @@ def test_a_gpu_with_one_kernel_runs_that_one(op, direction, dtype):
 @pytest.mark.parametrize("block", [(8, 1), (16, 1), (1, 1), (4, 4), (16, 16), (32, 32)], ids=str)
 @pytest.mark.parametrize("direction", ["forward", "dX", "dW"])
 @pytest.mark.parametrize("op", dispatch.GPU_OPS)
-def test_of_two_kernels_the_one_predicted_faster_runs(op, direction, block):
+@pytest.mark.parametrize("density", [1.0, 0.05, 0.01])
+def test_of_two_kernels_the_one_predicted_faster_runs(op, direction, block, density):
     for dtype in (F32, BF16, F16):
-        chosen = choose(op, "cuda", dtype, gpu=BOTH, product=Product(op, direction, block))
-        assert chosen.backend == preference.faster(90, op, direction, preference.ARITHMETIC[dtype], block)
+        chosen = choose(op, "cuda", dtype, gpu=BOTH, product=Product(op, direction, block, density=density))
+        assert chosen.backend == preference.faster(90, op, direction, preference.ARITHMETIC[dtype], block, density)
         assert not chosen.fallback and "predicted" in chosen.reason
 
 

@@ -1,4 +1,4 @@
-// Products with the adjacency that stand alone, for the backward passes and for an adjacency per channel.
+// Products with the adjacency that stand alone, for its gradient and for an adjacency per channel.
 #pragma once
 #include "gather.h"
 

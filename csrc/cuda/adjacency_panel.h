@@ -7,6 +7,8 @@
 
 namespace sparse_stgcn::cuda {
 
+enum class Kind { unit, strided, graph };                               // stride 1, any stride, adjacency product first
+
 struct AdjacencyPanel {
     Adjacency from;
     const int *live, *live_starts;

@@ -98,11 +98,11 @@ struct Conv : Launch<TemporalConv> {
                                            pointer(stream)));
     }
     void weight_gradient(Plane x, Plane dy, Address values, Index index, Address masked, Address scale, Address dw,
-                         Address space, Address stream) const {
+                         Address dy_sums, Address space, Address stream) const {
         require("weight_gradient");
         check(temporal_conv_weight_gradient(with(index), tile, device, planes(x), planes(dy), pointer(values),
-                                            {pointer<uint8_t>(masked), pointer<float>(scale)}, pointer(dw), pointer(space),
-                                            pointer(stream)));
+                                            {pointer<uint8_t>(masked), pointer<float>(scale)}, pointer(dw),
+                                            pointer<float>(dy_sums), pointer(space), pointer(stream)));
     }
 };
 
@@ -135,11 +135,11 @@ struct GraphLaunch : Launch<GraphConv> {
                                         pointer(dx), pointer(dadjacency), pointer(space), pointer(stream)));
     }
     void weight_gradient(Plane x, Plane dy, Address values, Graph graph, Index index, Address masked, Address scale, Address dw,
-                         Address space, Address stream) const {
+                         Address dy_sums, Address space, Address stream) const {
         require("weight_gradient");
         check(graph_conv_weight_gradient(with(index), tile, device, planes(x), planes(dy), pointer(values), adjacency(graph),
-                                         {pointer<uint8_t>(masked), pointer<float>(scale)}, pointer(dw), pointer(space),
-                                         pointer(stream)));
+                                         {pointer<uint8_t>(masked), pointer<float>(scale)}, pointer(dw),
+                                         pointer<float>(dy_sums), pointer(space), pointer(stream)));
     }
 };
 
@@ -179,7 +179,8 @@ PYBIND11_MODULE(_cuda, m) {
              py::arg("scratch"), py::arg("stream"))
         .def("weight_gradient", &Conv::weight_gradient, no_gil, py::arg("x"), py::arg("dy"), py::arg("values"),
              py::arg("index"),
-             py::arg("masked"), py::arg("scale"), py::arg("dw"), py::arg("scratch"), py::arg("stream"));
+             py::arg("masked"), py::arg("scale"), py::arg("dw"), py::arg("dy_sums"),
+             py::arg("scratch"), py::arg("stream"));
 
     py::class_<GraphLaunch> graph(m, "GraphConv", py::module_local());
     describe(graph);
@@ -199,6 +200,6 @@ PYBIND11_MODULE(_cuda, m) {
              py::arg("adjacency"), py::arg("index"), py::arg("dx"), py::arg("dadjacency"), py::arg("scratch"),
              py::arg("stream"))
         .def("weight_gradient", &GraphLaunch::weight_gradient, no_gil, py::arg("x"), py::arg("dy"), py::arg("values"),
-             py::arg("adjacency"), py::arg("index"), py::arg("masked"), py::arg("scale"), py::arg("dw"), py::arg("scratch"),
-             py::arg("stream"));
+             py::arg("adjacency"), py::arg("index"), py::arg("masked"), py::arg("scale"), py::arg("dw"), py::arg("dy_sums"),
+             py::arg("scratch"), py::arg("stream"));
 }

@@ -16,8 +16,6 @@
 
 namespace sparse_stgcn::cuda {
 
-enum class Kind { unit, strided, graph };                               // stride 1, any stride, adjacency product first
-
 struct GatherArgs {
     Rows x;
     const void* values;

@@ -3,14 +3,14 @@
 //   y[n,o,t,w] = act( scale[o] * ( sum over live (o,i,k), v of w[o,i,k] x[n,i,t,v] A_k[v,w] + map[o,w] )
 //                     + shift[o] + residual[n,o,t,w] )        x (N,I,T,V), y (N,O,T,V), A (K,V,V), also per n and o
 //
-// Forward with an adjacency that all channels share is one pass: z_k = x A_k is made in shared memory, and the weights gather
-// from it (gather_kernel.h, adjacency_panel.h). The others are two passes with one tensor between them, K times as many
-// channels as x or y, stored as the input is:
+// With an adjacency that all channels share, y, dx and dw are one pass each: z_k = x A_k, or dh_k = dy A_k' for dx, is made in
+// shared memory, and the weights gather from it (gather_kernel.h, adjacency_panel.h), or it meets dy there
+// (weight_gradient.cu). The others are two passes with one tensor between them, K times as many channels as x or y, stored as
+// the input is:
 //
-//   per channel, forward   h_k = W_k x             then y = sum over k of h_k A_k
-//   dx, dA                 dz_k = W_k' dy          then dx = sum over k of dz_k A_k', dA_k = sum of x' dz_k
-//   dx, dA, per channel    dh_k = dy A_k'          then dx = sum over k of W_k' dh_k; dA_k = sum of h_k' dy
-//   dw                     z_k = x A_k             then dw_k = dy z_k'      (per channel: dh_k x')
+//   dA                     dz_k = W_k' dy          then dA_k = sum of x' dz_k
+//   per channel, y, dA     h_k = W_k x             then y = sum over k of h_k A_k, dA_k = sum of h_k' dy
+//   per channel, dx, dw    dh_k = dy A_k'          then dx = sum over k of W_k' dh_k, dw_k = dh_k x'
 // Reference: sparse_stgcn/kernels/reference.py and its autograd.
 #include "adjacency.h"
 #include "gather_kernel.h"
@@ -32,9 +32,9 @@ Gather gather_of(const GraphConv& op, Rule rule, bool transposed) {
     return g;
 }
 Gather forward_of(const GraphConv& op) { return gather_of(op, op.per_channel ? Rule::split : Rule::adjacency, false); }
-Gather input_gradient_of(const GraphConv& op) { return gather_of(op, op.per_channel ? Rule::stack : Rule::split, true); }
-Gather weight_gradient_of(const GraphConv& op) { return gather_of(op, op.per_channel ? Rule::split : Rule::stack, false); }
-Gather hidden_of(const GraphConv& op) { return gather_of(op, Rule::split, false); }    // h_k, for dA per channel
+Gather input_gradient_of(const GraphConv& op) { return gather_of(op, op.per_channel ? Rule::stack : Rule::adjacency, true); }
+Gather weight_gradient_of(const GraphConv& op) { return gather_of(op, op.per_channel ? Rule::split : Rule::adjacency, false); }
+Gather factor_of(const GraphConv& op) { return gather_of(op, Rule::split, !op.per_channel); }    // dz_k or h_k, for dA
 
 int64_t plane_bytes(const GraphConv& op, int channels) {                // of a tensor between two passes
     return (int64_t(op.N) * op.pattern.K * channels * op.T * op.V * unit(op.arithmetic).element + 15) / 16 * 16;
@@ -98,8 +98,8 @@ const char* graph_conv_forward(const GraphConv& op, const Tile& tile, const Devi
 Tile graph_conv_input_gradient_tile(const GraphConv& op, const Device& device) {
     Tile tile = choose_tile(input_gradient_of(op), device);
     if (op.V > MAX_JOINTS) tile.reason = "the gradient of the adjacency takes up to 64 vertices";
-    if (op.per_channel && !tile.reason) tile.reason = choose_tile(hidden_of(op), device).reason;
-    if (too_wide(op, device)) tile.reason = too_wide(op, device);
+    if (!tile.reason) tile.reason = choose_tile(factor_of(op), device).reason;
+    if (op.per_channel && too_wide(op, device)) tile.reason = too_wide(op, device);
     tile.splits = outer_splits(outer_of(op), device);
     return tile;
 }
@@ -107,9 +107,9 @@ Tile graph_conv_input_gradient_tile(const GraphConv& op, const Device& device) {
 int64_t graph_conv_input_gradient_scratch(const GraphConv& op, const Tile& tile) {
     Outer o = outer_of(op);
     o.splits = tile.splits;
-    int64_t bytes = bytes_of_plan(input_gradient_of(op), tile.chunks) + plane_bytes(op, o.C) + outer_bytes(o);
-    if (op.per_channel) bytes += bytes_of_plan(hidden_of(op), MAX_CHUNKS) + plane_bytes(op, o.C);
-    return bytes;
+    const int planes = op.per_channel ? 2 : 1;                          // dh, and what dA is made of
+    return bytes_of_plan(input_gradient_of(op), tile.chunks) + bytes_of_plan(factor_of(op), MAX_CHUNKS) +
+           planes * plane_bytes(op, o.C) + outer_bytes(o);
 }
 
 const char* graph_conv_input_gradient(const GraphConv& op, const Tile& tile, const Device& device, Planes x, Planes dy,
@@ -126,61 +126,53 @@ const char* graph_conv_input_gradient(const GraphConv& op, const Tile& tile, con
         return here;
     };
     Gather g = input_gradient_of(op);
-    g.values = values;
+    g.x = dy, g.values = values, g.y = dx;
+    void* plan = take(bytes_of_plan(g, tile.chunks));
+    const char* error = nullptr;
+    if (dx && op.per_channel) {
+        void* dh = take(plane_bytes(op, op.pattern.O));
+        if (!empty(op)) error = mix_joints(mix_of(op, true, op.pattern.O, dy, back, dh), stream);
+        g.x = between(op, dh, op.pattern.O);
+        if (!error) error = gather(g, tile, plan, stream);
+    } else if (dx)
+        error = run_gather<true>(g, back, tile, plan, stream);
+    if (error || !dadjacency) return error;
     Outer o = outer_of(op);
     o.splits = tile.splits;
-    void* plan = take(bytes_of_plan(g, tile.chunks));
-    void* first = take(plane_bytes(op, o.C));                           // dz, or per channel dh
-    const char* error = nullptr;
-    if (op.per_channel) {
-        if (dx && !empty(op)) error = mix_joints(mix_of(op, true, o.C, dy, back, first), stream);
-        g.x = between(op, first, o.C), g.y = dx;
-        if (dx && !error) error = gather(g, tile, plan, stream);
-        if (error || !dadjacency) return error;
-        Gather h = hidden_of(op);
-        const Tile cut = choose_tile(h, device);
-        h.x = x, h.values = values;
-        void* plan_of_h = take(bytes_of_plan(h, MAX_CHUNKS));
-        h.y = take(plane_bytes(op, o.C));
-        if ((error = gather(h, cut, plan_of_h, stream))) return error;
-        o.x = between(op, h.y, o.C), o.d = dy;
-    } else {
-        g.x = dy, g.y = first;
-        if ((error = gather(g, tile, plan, stream))) return error;
-        if (dx && !empty(op)) error = mix_joints(mix_of(op, false, o.C, between(op, first, o.C), back, dx), stream);
-        if (error || !dadjacency) return error;
-        o.x = x, o.d = between(op, first, o.C);
-    }
+    Gather f = factor_of(op);
+    const Tile cut = choose_tile(f, device);
+    void* plan_of_factor = take(bytes_of_plan(f, MAX_CHUNKS));
+    f.x = op.per_channel ? x : dy, f.values = values, f.y = take(plane_bytes(op, o.C));
+    if ((error = gather(f, cut, plan_of_factor, stream))) return error;
+    o.x = op.per_channel ? between(op, f.y, o.C) : x, o.d = op.per_channel ? dy : between(op, f.y, o.C);
     o.da = dadjacency, o.scratch = p;
     return outer_joints(o, stream);
 }
 
 Tile graph_conv_weight_gradient_tile(const GraphConv& op, const Device& device) {
     Tile tile = choose_weight_tile(weight_gradient_of(op), device);
-    if (too_wide(op, device)) tile.reason = too_wide(op, device);
+    if (op.per_channel && too_wide(op, device)) tile.reason = too_wide(op, device);
     return tile;
 }
 
 int64_t graph_conv_weight_gradient_scratch(const GraphConv& op, const Tile& tile) {
-    return weight_gradient_bytes(weight_gradient_of(op), tile) + plane_bytes(op, op.per_channel ? op.pattern.O : op.pattern.I);
+    return weight_gradient_bytes(weight_gradient_of(op), tile) + (op.per_channel ? plane_bytes(op, op.pattern.O) : 0);
 }
 
 const char* graph_conv_weight_gradient(const GraphConv& op, const Tile& tile, const Device& device, Planes x, Planes dy,
-                                       const void* values, Adjacency adjacency, Lasso lasso, void* dw, void* scratch,
-                                       void* stream) {
+                                       const void* values, Adjacency adjacency, Lasso lasso, void* dw, float* dy_sums,
+                                       void* scratch, void* stream) {
     DeviceGuard guard(device.index);
     if (tile.reason) return tile.reason;
     if (const char* error = misaligned(scratch)) return error;
-    const int channels = op.per_channel ? op.pattern.O : op.pattern.I;
-    char* made = static_cast<char*>(scratch);                           // z, or per channel dh
-    if (!empty(op) && op.pattern.blocks)
-        if (const char* error = mix_joints(mix_of(op, true, channels, op.per_channel ? dy : x,
-                                                  op.per_channel ? transposed(adjacency) : adjacency, made), stream))
-            return error;
     Gather g = weight_gradient_of(op);
-    g.x = op.per_channel ? x : between(op, made, channels), g.values = values;
-    return weight_gradient(g, tile, op.per_channel ? between(op, made, channels) : dy, lasso, dw,
-                           made + plane_bytes(op, channels), stream);
+    g.x = x, g.values = values;
+    if (!op.per_channel) return weight_gradient(g, adjacency, tile, dy, lasso, dw, dy_sums, scratch, stream);
+    const int channels = op.pattern.O;
+    char* dh = static_cast<char*>(scratch);
+    if (!empty(op) && op.pattern.blocks)
+        if (const char* error = mix_joints(mix_of(op, true, channels, dy, transposed(adjacency), dh), stream)) return error;
+    return weight_gradient(g, {}, tile, between(op, dh, channels), lasso, dw, nullptr, dh + plane_bytes(op, channels), stream);
 }
 
 }  // namespace sparse_stgcn::cuda

@@ -73,7 +73,8 @@ const char* temporal_conv_input_gradient(const TemporalConv& op, const Tile& til
 Tile temporal_conv_weight_gradient_tile(const TemporalConv& op, const Device& device);
 int64_t temporal_conv_weight_gradient_scratch(const TemporalConv& op, const Tile& tile);
 const char* temporal_conv_weight_gradient(const TemporalConv& op, const Tile& tile, const Device& device, Planes x, Planes dy,
-                                          const void* values, Lasso lasso, void* dw, void* scratch, void* stream);
+                                          const void* values, Lasso lasso, void* dw, float* dy_sums, void* scratch,
+                                          void* stream);
 
 // A_k[v][w] of the adjacency, of the arithmetic's storage type, any strides; `batch` 0: one for all samples, `channel` 0: one
 // for all channels.
@@ -100,8 +101,8 @@ const char* graph_conv_input_gradient(const GraphConv& op, const Tile& tile, con
 Tile graph_conv_weight_gradient_tile(const GraphConv& op, const Device& device);
 int64_t graph_conv_weight_gradient_scratch(const GraphConv& op, const Tile& tile);
 const char* graph_conv_weight_gradient(const GraphConv& op, const Tile& tile, const Device& device, Planes x, Planes dy,
-                                       const void* values, Adjacency adjacency, Lasso lasso, void* dw, void* scratch,
-                                       void* stream);
+                                       const void* values, Adjacency adjacency, Lasso lasso, void* dw, float* dy_sums,
+                                       void* scratch, void* stream);
 
 bool read_device(int index, Device* device);        // false where there is no such device or no driver
 

@@ -145,8 +145,8 @@ __global__ void __launch_bounds__(THREADS) plan_live_rows(PlanArgs a, int blocks
     for (int w = threadIdx.x; w < words; w += THREADS) bits[w] = 0;
     __syncthreads();
     for (int i = threadIdx.x; i < blocks * a.sb; i += THREADS) {
-        const int channel = a.source[i / a.sb] * a.sb + i % a.sb;
-        const int bit = (channel / a.chunk * a.K + a.tap[i / a.sb]) * a.chunk + channel % a.chunk;
+        const int j = i / a.sb, tap = a.tap[a.perm ? a.perm[j] : j], channel = a.source[j] * a.sb + i % a.sb;
+        const int bit = (channel / a.chunk * a.K + tap) * a.chunk + channel % a.chunk;
         if (channel < a.sources) atomicOr(bits + bit / 32, int(1u << bit % 32));
     }
     __syncthreads();

@@ -6,13 +6,15 @@
 //           +-------------------+          groups of output channels. It stages x and dy of a tile; a warp then takes 16 slots
 //   slots   | rows of x, shifted|  x  dy   (input channel, tap) of a group at a time and adds the tile's pixels to their sums,
 //     = M   | by the tap        |   = N    which stay in the share's own partial result. The second pass adds the shares up,
-//           +-------------------+          one thread to a weight, in their order, and the group lasso's gradient once.
+//           +-------------------+          in an order that is fixed, and the group lasso's gradient once.
+// Of graph_conv, rows x_c A_k that any block reads are made in shared memory first, and take the place of those of x. The
+// sum of dy, which the bias's gradient needs, is added up from the staged rows on the way, and by the second pass.
 //
 // Contract: float32 sums, in an order that depends on shapes, pattern and number of multiprocessors alone; no atomics;
 // pixels past the tile are cleared in registers on both sides, so that nothing strange is multiplied.
 #include "weight_gradient.h"
 
-#include "panel.h"
+#include "adjacency_panel.h"
 
 namespace sparse_stgcn::cuda {
 namespace {
@@ -24,8 +26,9 @@ struct WeightArgs {
     Rows x, dy;
     const int2* slots;
     const int* starts;
-    float* partial;
-    int64_t share, tiles;                                               // floats of one share; tiles in all
+    float *partial, *dy_sums;                                           // of every share; dy_sums may be null
+    int64_t share, dy_share, tiles;                                     // floats of one share; tiles in all
+    AdjacencyPanel graph;
     int sources, frames, V, stride, groups, groups_per_phase, targets, rows, first_frame;
     Tile tile;
 };
@@ -68,6 +71,7 @@ __device__ __forceinline__ void load_run(uint32_t (&w)[8], const T* panel, int r
 
 template <class E> struct OnMatrixUnit {                     // tf32, bfloat16, float16: 16 slots x EIGHTS * 8 rows
     using T = E;
+    static constexpr bool MATRIX = true;
     static constexpr int STEP = 16, BLOCKS = 2;
 
     template <int EIGHTS, bool UNIT, class Row>
@@ -123,6 +127,7 @@ template <int HALF> __device__ __forceinline__ void over_lanes(float (&sum)[64],
 
 struct InFloat32 {                                                      // IEEE: a lane owns pixels, 8 slots x 8 rows at a time
     using T = float;
+    static constexpr bool MATRIX = false;
     static constexpr int STEP = 8, BLOCKS = 1;                          // 64 sums a lane, and what they need: no room for two
 
     template <int EIGHTS, bool UNIT, class Row>
@@ -152,13 +157,30 @@ struct InFloat32 {                                                      // IEEE:
     }
 };
 
-template <class Math, int EIGHTS, bool UNIT>
+// sums[c][v] of the staged rows c over their frames, added to what the thread's earlier tiles left there.
+template <class T, class Row>
+__device__ __forceinline__ void add_rows(float* sums, bool first, const T* dy, Row row, int rows, int frames, int V) {
+    for (int c = threadIdx.x / 32; c < rows; c += WARPS)
+        for (int v = threadIdx.x % 32; v < V; v += 32) {
+            float sum = first ? 0.f : sums[c * V + v];
+#pragma unroll 4
+            for (int f = 0; f < frames; ++f) sum += to_float(dy[row(c) + f * V + v]);
+            sums[c * V + v] = sum;
+        }
+}
+
+template <class Math, int EIGHTS, Kind KIND>
 __global__ void __launch_bounds__(THREADS, Math::BLOCKS) weight_gradient_kernel(WeightArgs a) {
     using T = typename Math::T;
+    constexpr bool UNIT = KIND != Kind::strided, GRAPH = KIND == Kind::graph;
     SHARED_MEMORY(memory);
     const int warp = threadIdx.x / 32, pitch = a.tile.pitch, dy_pitch = a.tile.row_pitch;
+    const int x_pitch = GRAPH ? a.tile.row_pitch : pitch;
     T* panel = reinterpret_cast<T*>(memory);
-    T* panel_dy = panel + (a.tile.zero_row + 1) * pitch + SLACK;
+    T* staged = GRAPH ? panel + rounded((a.tile.zero_row + 1) * pitch + SLACK, Panel<T>::PIECE) : panel;
+    T* graph = staged + a.tile.chunk_channels * x_pitch;
+    T* panel_dy = GRAPH ? graph + a.graph.K * joints(a.V) * a.tile.adjacency_pitch
+                        : panel + (a.tile.zero_row + 1) * pitch + SLACK;
     const int group0 = blockIdx.y * a.tile.groups_per_slice;
     const int group_end = group0 + a.tile.groups_per_slice < a.groups ? group0 + a.tile.groups_per_slice : a.groups;
     auto first_row = [&](int group) { return group / a.groups_per_phase * a.targets + group % a.groups_per_phase * a.rows; };
@@ -169,21 +191,31 @@ __global__ void __launch_bounds__(THREADS, Math::BLOCKS) weight_gradient_kernel(
     const int64_t tile0 = blockIdx.x * a.tiles / gridDim.x, tile_end = (blockIdx.x + 1) * a.tiles / gridDim.x;
     for (int64_t tile = tile0; tile < tile_end; ++tile) {
         const int n = int(tile / a.tile.tiles), t0 = int(tile % a.tile.tiles) * a.tile.frames;
-        const int pixels = (t0 + a.tile.frames < a.frames ? a.tile.frames : a.frames - t0) * a.V;
+        const int frames = t0 + a.tile.frames < a.frames ? a.tile.frames : a.frames - t0, pixels = frames * a.V;
         const int64_t start_dy = a.dy.offset + n * a.dy.batch + row0 * a.dy.channel, origin_dy = start_dy + int64_t(t0) * a.V;
+        auto row_at = [&](int c) { return c * dy_pitch + int((origin_dy + c * a.dy.channel) & (Panel<T>::PIECE - 1)); };
         for (int chunk = 0; chunk < a.tile.chunks; ++chunk) {
             const int c0 = chunk * a.tile.chunk_channels;
             const int channels = c0 + a.tile.chunk_channels < a.sources ? a.tile.chunk_channels : a.sources - c0;
             const int64_t start = a.x.offset + n * a.x.batch + c0 * a.x.channel;
             const int64_t origin = start + int64_t(t0 * a.stride + a.first_frame) * a.V;
+            const int lead = int(origin & (Panel<T>::PIECE - 1));
             __syncthreads();
-            stage(panel, pitch, a.x, start, origin, channels);
+            if (GRAPH && chunk == 0 && (tile == tile0 || (a.graph.from.batch && tile % a.tile.tiles == 0)))
+                load_adjacency<Math>(graph, a.graph, a.tile.adjacency_pitch, n);
+            stage(staged, x_pitch, a.x, start, origin, channels);
             if (chunk == 0) stage(panel_dy, dy_pitch, a.dy, start_dy, origin_dy, rows);
             for (int i = threadIdx.x; i < pitch; i += THREADS) panel[a.tile.zero_row * pitch + i] = T{};
             cp_async_wait_all();
-            clear_before(panel, pitch, a.x, start, origin, channels);
+            clear_before(staged, x_pitch, a.x, start, origin, channels);
             __syncthreads();
-            const Panel<T> x = {panel, int(origin & (Panel<T>::PIECE - 1))};
+            if (GRAPH) {
+                multiply<Math>(panel, staged, graph, a.graph, a.tile, chunk, frames, lead, a.x.channel);
+                __syncthreads();
+            }
+            if (a.dy_sums && chunk == 0)
+                add_rows(a.dy_sums + blockIdx.x * a.dy_share + row0 * a.V, tile == tile0, panel_dy, row_at, rows, frames, a.V);
+            const Panel<T> x = {panel, GRAPH ? 0 : lead};
             int turn = 0;                                               // the next task; tasks are dealt to the warps
             for (int group = group0; group < group_end; ++group) {
                 const int* starts = a.starts + group * (a.tile.chunks + 1) + chunk;
@@ -192,8 +224,8 @@ __global__ void __launch_bounds__(THREADS, Math::BLOCKS) weight_gradient_kernel(
                 for (int job = (warp - turn) & (WARPS - 1); job < tasks; job += WARPS) {
                     const int o = job % parts * 8 * EIGHTS, s = begin + job / parts * Math::STEP;
                     auto row = [&](int r) {                             // past the last: its twin, whose sums nobody reads
-                        const int wanted = first_row(group) - row0 + o + r, c = wanted < rows ? wanted : rows - 1;
-                        return c * dy_pitch + int((origin_dy + c * a.dy.channel) & (Panel<T>::PIECE - 1));
+                        const int wanted = first_row(group) - row0 + o + r;
+                        return row_at(wanted < rows ? wanted : rows - 1);
                     };
                     Math::template task<EIGHTS, UNIT>(partial + int64_t(s) * a.rows + o, tile == tile0, x, a.slots + s,
                                                       panel_dy, row, pixels, a);
@@ -205,30 +237,48 @@ __global__ void __launch_bounds__(THREADS, Math::BLOCKS) weight_gradient_kernel(
 }
 
 struct SumArgs {
-    const float* partial;
+    const float *partial, *partial_of_dy;
+    float* dy_sums;
     const int* where;
     const void* values;
     const uint8_t* masked;
     const float* scale;
     void* dw;
-    int64_t share, count;
+    int64_t share, count, dy_share;
     int shares, block_size;
 };
-// The second pass: a thread adds the shares of one weight in their order, and the lasso's gradient.
+// The second pass: of 32 weights, or sums of dy, each warp adds every eighth share, and the first adds those sums up in order
+// and the lasso's gradient.
 template <class T> __global__ void __launch_bounds__(THREADS) sum_shares(SumArgs a) {
-    const int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x;
-    if (i >= a.count) return;
-    const int at = a.where[i];
+    SHARED_MEMORY(memory);
+    float* sums = reinterpret_cast<float*>(memory);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int64_t i = int64_t(blockIdx.x) * 32 + lane, of_dy = i - a.count;
+    const bool weight = of_dy < 0;
+    const float* from = weight ? a.partial : a.partial_of_dy;
+    const int64_t step = weight ? a.share : a.dy_share, at = weight ? a.where[i] : of_dy < a.dy_share ? of_dy : -1;
     float sum = 0.f;
     if (at >= 0)                                                        // else past a ragged edge: stored, and always zero
-        for (int s = 0; s < a.shares; ++s) sum += a.partial[s * a.share + at];
+        for (int s = warp; s < a.shares; s += WARPS) sum += from[s * step + at];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (warp || of_dy >= a.dy_share) return;
+    for (int w = 1; w < WARPS; ++w) sum += sums[w * 32 + lane];
+    if (!weight) {
+        a.dy_sums[of_dy] = sum;
+        return;
+    }
     if (a.masked && a.masked[i / a.block_size]) sum += *a.scale * to_float(static_cast<const T*>(a.values)[i]);
     to_storage(static_cast<T*>(a.dw) + i, sum);
 }
 
 template <class Math, int EIGHTS> const char* launch(const WeightArgs& a, dim3 grid, void* stream) {
-    return a.stride == 1 ? LAUNCH((weight_gradient_kernel<Math, EIGHTS, true>), grid, THREADS, a.tile.bytes, stream, a)
-                         : LAUNCH((weight_gradient_kernel<Math, EIGHTS, false>), grid, THREADS, a.tile.bytes, stream, a);
+    const Kind kind = a.graph.live ? Kind::graph : a.stride == 1 ? Kind::unit : Kind::strided;
+    if (kind == Kind::graph)
+        return LAUNCH((weight_gradient_kernel<Math, EIGHTS, Kind::graph>), grid, THREADS, a.tile.bytes, stream, a);
+    return kind == Kind::unit
+               ? LAUNCH((weight_gradient_kernel<Math, EIGHTS, Kind::unit>), grid, THREADS, a.tile.bytes, stream, a)
+               : LAUNCH((weight_gradient_kernel<Math, EIGHTS, Kind::strided>), grid, THREADS, a.tile.bytes, stream, a);
 }
 template <class Math> const char* launch(const WeightArgs& a, dim3 grid, void* stream) {
     return a.rows > 8 ? launch<Math, 2>(a, grid, stream) : launch<Math, 1>(a, grid, stream);
@@ -241,7 +291,9 @@ int step_of(const Gather& g) { return g.arithmetic == Arithmetic::float32 ? InFl
 Tile choose_weight_tile(const Gather& g, const Device& device) {
     const Unit u = unit(g.arithmetic);
     const Reach far = reach(g);
+    const bool graph = g.rule == Rule::adjacency;
     const int groups = g.groups(), rows = g.source_rows(), run = u.element == 2 ? 64 : 32;
+    const int adjacency_pitch = joints(g.V) + (u.element == 2 ? 8 : 4);
     Tile best{};
     best.reason = plan_limits(g) ? plan_limits(g) : "a tile of one frame does not fit into shared memory";
     if (plan_limits(g)) return best;
@@ -249,18 +301,23 @@ Tile choose_weight_tile(const Gather& g, const Device& device) {
     for (int frames = 1; frames <= g.frames && frames * g.V <= 1024 + g.V; ++frames) {
         const int64_t staged = (int64_t(frames - 1) * g.stride + far.last - far.first + 1) * g.V;
         if (staged * u.element > device.shared_per_block) break;
-        const int pitch = rounded(int(staged) + u.piece - 1, u.piece), dy_pitch = rounded(frames * g.V + u.piece - 1, u.piece);
+        const int x_pitch = rounded(int(staged) + u.piece - 1, u.piece);
+        const int dy_pitch = rounded(frames * g.V + u.piece - 1, u.piece);
+        const int pitch = graph ? rounded(frames * g.V, u.piece) + 4 / u.element : x_pitch;
         const double steps = double(g.live_slots()) / 16 + groups, runs = (frames * g.V + run - 1) / run;
         for (int slices = 1; slices <= groups; slices *= 2)
             for (int chunks = 1, before = 0; chunks <= MAX_CHUNKS; ++chunks) {
                 const int chunk = (rows + chunks - 1) / chunks, per_slice = (groups + slices - 1) / slices;
                 if (chunk == before || (rows + chunk - 1) / chunk != chunks) continue;
                 before = chunk;
-                const int64_t elements = int64_t(chunk + 1) * pitch + int64_t(per_slice) * g.rows() * dy_pitch + 2 * SLACK;
-                const int64_t bytes = elements * u.element;
+                const int zero_row = graph ? chunk * g.K : chunk;
+                int64_t elements = rounded((zero_row + 1) * pitch + SLACK, u.piece);
+                if (graph) elements += int64_t(chunk) * x_pitch + int64_t(g.K) * joints(g.V) * adjacency_pitch;
+                const int64_t bytes = (elements + int64_t(per_slice) * g.rows() * dy_pitch + SLACK) * u.element;
                 if (bytes > device.shared_per_block) continue;
                 const bool pair = u.step != 4 && 2 * (bytes + 1024) <= device.shared_per_multiprocessor;
-                const double copy = (double(rows) * pitch * slices + double(groups) * g.rows() * dy_pitch) * u.element / 24;
+                const double x = double(rows) * x_pitch * slices * (graph ? 3 : 1);
+                const double copy = (x + double(groups) * g.rows() * dy_pitch) * u.element / 24;
                 const double work = steps * (40 + runs * 60 * (g.rows() / 8)) / WARPS;
                 const double cost = (copy + work + double(slices) * chunks * 1500) * (pair ? 1 : 1.5) / frames;
                 if (best.frames && cost >= least) continue;
@@ -269,19 +326,23 @@ Tile choose_weight_tile(const Gather& g, const Device& device) {
                 const int64_t share = slot_count(g, chunks, step_of(g)) * g.rows() * 4, all = int64_t(g.N) * tiles;
                 int64_t splits = (2 * device.multiprocessors + used - 1) / used;
                 if (splits * share > PARTIAL_BYTES) splits = PARTIAL_BYTES / share ? PARTIAL_BYTES / share : 1;
-                best = Tile{nullptr, frames, tiles, chunk, chunks, pitch, chunk, 0, used, 0, per_slice,
-                            int(splits < all ? splits : all), dy_pitch, 0, bytes};
+                best = Tile{nullptr, frames, tiles, chunk, chunks, pitch, zero_row, 0, used, 0, per_slice,
+                            int(splits < all ? splits : all), dy_pitch, adjacency_pitch, bytes};
             }
     }
     return best;
 }
 
+int64_t floats_of_dy(const Gather& g) { return int64_t(g.phases) * g.targets * g.V; }
+
 int64_t weight_gradient_bytes(const Gather& g, const Tile& tile) {
     const int step = step_of(g);
-    return plan_bytes(g, tile.chunks, step, true) + tile.splits * slot_count(g, tile.chunks, step) * g.rows() * 4;
+    const int64_t share = slot_count(g, tile.chunks, step) * g.rows() + floats_of_dy(g);
+    return plan_bytes(g, tile.chunks, step, true) + tile.splits * share * 4;
 }
 
-const char* weight_gradient(const Gather& g, const Tile& tile, Planes dy, Lasso lasso, void* dw, void* scratch, void* stream) {
+const char* weight_gradient(const Gather& g, const Adjacency& adjacency, const Tile& tile, Planes dy, Lasso lasso, void* dw,
+                            float* dy_sums, void* scratch, void* stream) {
     const int step = step_of(g), element = unit(g.arithmetic).element;
     if (tile.reason) return tile.reason;
     if (reinterpret_cast<uintptr_t>(scratch) % 16) return "the scratch must be aligned to 16 bytes";
@@ -292,8 +353,10 @@ const char* weight_gradient(const Gather& g, const Tile& tile, Planes dy, Lasso 
     float* partial = reinterpret_cast<float*>(static_cast<char*>(scratch) + plan_bytes(g, tile.chunks, step, true));
     const Rows x = rows_of(g.x, element, g.source_frames, g.V), rows_dy = rows_of(dy, element, g.frames, g.V);
     const int64_t share = slot_count(g, tile.chunks, step) * g.rows();
+    float* partial_of_dy = dy_sums ? partial + tile.splits * share : nullptr;
     const int64_t tiles = int64_t(g.N) * tile.tiles;
-    const WeightArgs a{x, rows_dy, plan.slots, plan.starts, partial, share, tiles, g.source_rows(), g.frames, g.V, g.stride,
+    const WeightArgs a{x, rows_dy, plan.slots, plan.starts, partial, partial_of_dy, share, floats_of_dy(g), tiles,
+                       {adjacency, plan.live, plan.live_starts, g.K, g.V}, g.source_rows(), g.frames, g.V, g.stride,
                        g.groups(), g.groups_per_phase(), g.targets, g.rows(), reach(g).first, tile};
     const dim3 grid(unsigned(tile.splits), unsigned(tile.slices));
     const char* error = nullptr;
@@ -304,12 +367,13 @@ const char* weight_gradient(const Gather& g, const Tile& tile, Planes dy, Lasso 
         case Arithmetic::float16: error = launch<OnMatrixUnit<f16>>(a, grid, stream); break;
     }
     if (error) return error;
-    const SumArgs s{partial, plan.where, g.values, lasso.masked, lasso.scale, dw, a.share, count,
-                    a.tiles && g.V ? tile.splits : 0, g.sb * g.tb};
-    const dim3 blocks(unsigned((count + THREADS - 1) / THREADS));
-    if (element == 4) return LAUNCH((sum_shares<float>), blocks, THREADS, 0, stream, s);
-    return g.arithmetic == Arithmetic::bfloat16 ? LAUNCH((sum_shares<bf16>), blocks, THREADS, 0, stream, s)
-                                                : LAUNCH((sum_shares<f16>), blocks, THREADS, 0, stream, s);
+    const SumArgs s{partial, partial_of_dy, dy_sums, plan.where, g.values, lasso.masked, lasso.scale, dw, a.share, count,
+                    dy_sums ? floats_of_dy(g) : 0, a.tiles && g.V ? tile.splits : 0, g.sb * g.tb};
+    const dim3 blocks(unsigned((count + s.dy_share + 31) / 32));
+    const int64_t bytes = THREADS * sizeof(float);
+    if (element == 4) return LAUNCH((sum_shares<float>), blocks, THREADS, bytes, stream, s);
+    return g.arithmetic == Arithmetic::bfloat16 ? LAUNCH((sum_shares<bf16>), blocks, THREADS, bytes, stream, s)
+                                                : LAUNCH((sum_shares<f16>), blocks, THREADS, bytes, stream, s);
 }
 
 Tile temporal_conv_weight_gradient_tile(const TemporalConv& op, const Device& device) {
@@ -319,11 +383,12 @@ int64_t temporal_conv_weight_gradient_scratch(const TemporalConv& op, const Tile
     return weight_gradient_bytes(forward_of(op), tile);
 }
 const char* temporal_conv_weight_gradient(const TemporalConv& op, const Tile& tile, const Device& device, Planes x, Planes dy,
-                                          const void* values, Lasso lasso, void* dw, void* scratch, void* stream) {
+                                          const void* values, Lasso lasso, void* dw, float* dy_sums, void* scratch,
+                                          void* stream) {
     DeviceGuard guard(device.index);
     Gather g = forward_of(op);
     g.x = x, g.values = values;
-    return weight_gradient(g, tile, dy, lasso, dw, scratch, stream);
+    return weight_gradient(g, {}, tile, dy, lasso, dw, dy_sums, scratch, stream);
 }
 
 }  // namespace sparse_stgcn::cuda

@@ -168,6 +168,11 @@ class Problem:
         alive = 1 - (1 - self.density) ** ceil(self.O / self.bo)
         return min(self.I * self.K * alive, self.O * self.K)
 
+    def made_rows(self, forward: bool) -> float:
+        """Rows (channel, subset) of x, or of dy for dX, that any block reads."""
+        sources, readers = (self.I, ceil(self.O / self.bo)) if forward else (self.O, ceil(self.I / self.bi))
+        return sources * self.K * (1 - (1 - self.density) ** readers)
+
     def cover(self, rows: int, of: int) -> float:
         """Share of slots that are live for a group of ``rows`` channels, where blocks have ``of``."""
         return 1 - (1 - self.density) ** max(1, rows // of)

@@ -29,7 +29,7 @@ def _usage(capability: int) -> dict[str, int]:
         return {}
     used: dict[str, int] = {}
     for name, line in re.findall(r"Function (\S+?):\n\s*(.*)", text):
-        for kernel in ("gather_kernel", "weight_gradient_kernel", "mix", "outer"):
+        for kernel in ("gather_kernel", "weight_gradient_kernel", "outer"):
             if kernel in name and (found := re.search(r"REG:(\d+)", line)):
                 used[kernel] = max(used.get(kernel, 0), int(found[1]))
     return used
@@ -61,7 +61,8 @@ class Cuda:
         if p.op == "temporal_conv":
             if p.direction == "dW":
                 tile = self._tile(p, "TemporalConv", "weight_gradient", (1, 1))
-                return tile and [*self._weights(p, p.I, tile), Triton(self.card).sum_of_dy(p)]
+                few = 1 + (p.element == 2)
+                return tile and [*self._weights(p, p.I, tile), *Triton(self.card).small("the bias's gradient", few)]
             forward = p.direction == "forward"
             tile = self._tile(p, "TemporalConv", "forward" if forward else "input_gradient", (1, 1))
             return tile and self._gather(p, forward, p.K, tile)
@@ -72,23 +73,18 @@ class Cuda:
         if p.direction == "forward":
             return self._gather(p, True, p.K, tile, graph=True)
         if p.direction == "dX":
-            between, gather = p.activations(p.I * p.K), self._gather(p, False, 1, tile, phases=p.K)
-            gather[-1] = replace(gather[-1], dram=p.activations(p.O) + between)
-            return [
-                *gather,
-                self._mix(p, between + p.activations(p.I), p.I * p.K),
-                self._outer(p, between + p.activations(p.I), p.I * p.K, tile["splits"]),
-            ]
-        between = p.activations(p.I * p.K)
-        return [
-            self._mix(p, p.activations(p.I) + between, p.I * p.K),
-            *self._weights(p, p.I * p.K, tile),
-            Triton(self.card).sum_of_dy(p),
-        ]
+            back = replace(p, I=p.O, O=p.I, bo=p.bi, bi=p.bo)
+            factor = self._tile(back, "GraphConv", "forward", (5,))  # W_k' dy, of which dA is made: a gather for every subset
+            between, gather = p.activations(p.I * p.K), self._gather(p, False, 1, factor, phases=p.K) if factor else []
+            outer = self._outer(p, between + p.activations(p.I), p.I * p.K, tile["splits"])
+            return [*self._gather(p, False, p.K, tile, graph=True), *gather, outer]
+        return [*self._weights(p, p.I, tile, graph=True), *Triton(self.card).bias_through_graph(p)]
 
-    def _plan(self, slots: int, groups: int) -> Launch:
-        """plan_slots: each thread compares its key with every slot of the group, twice."""
-        return Launch("plan", 0, programs=groups, threads=128, serial=2 * 6.0 * slots + 4000)
+    def _plan(self, slots: int, groups: int, graph: bool = False) -> list[Launch]:
+        """plan_slots: each thread compares its key with every slot of the group, twice; plan_live_rows is one program."""
+        plan = Launch("plan", 0, programs=groups, threads=128, serial=2 * 6.0 * slots + 4000)
+        live = Launch("plan", 0, programs=self.card.multiprocessors, threads=256, serial=slots * groups / 256 * 40 + 4000)
+        return [plan, live] if graph else [plan]
 
     def _rows(self, channels: int) -> int:
         return 32 if channels % 32 == 0 else 16 if channels % 16 == 0 else 8
@@ -114,10 +110,7 @@ class Cuda:
             "flops": 2.0 * steps * per_pixels * step * rows,
         }
         if graph:
-            made = p.N * p.T * p.rows_of_graph * copies
-            counts["flops"] += 2.0 * made * 32 * 32
-            counts["wavefronts"] += made * (p.V * p.element * 2 + 32 * p.element) / 128
-            counts["issue"] += made * (32 if p.arithmetic == "float32" else 6)
+            self._add_made_rows(counts, p, p.made_rows(forward) * copies)
         work = Launch(
             "gather",
             p.activations(source) + stored * p.element,
@@ -132,9 +125,16 @@ class Cuda:
         )
         if p.arithmetic == "float32":
             work = replace(work, mma=False)
-        return [self._plan(ceil(slots), groups), work]
+        return [*self._plan(ceil(slots), groups, graph), work]
 
-    def _weights(self, p: Problem, sources: int, tile: dict) -> list[Launch]:
+    def _add_made_rows(self, counts: dict[str, float], p: Problem, channels: float) -> None:
+        """Rows (channel, subset) that are brought through the graph in shared memory, added to a launch's counts."""
+        made = p.N * p.T * channels
+        counts["flops"] += 2.0 * made * 32 * 32
+        counts["wavefronts"] += made * (p.V * p.element * 2 + 32 * p.element) / 128
+        counts["issue"] += made * (32 if p.arithmetic == "float32" else 6)
+
+    def _weights(self, p: Problem, sources: int, tile: dict, graph: bool = False) -> list[Launch]:
         rows = self._rows(p.bo)
         groups, tiles, pixels = ceil(p.O / rows), p.N * tile["tiles"], tile["frames"] * p.V
         slots = p.I * p.K * p.cover(rows, p.bo)
@@ -154,18 +154,24 @@ class Cuda:
             tasks, runs = groups * (slots / 16 + 0.5) * rows / (8 * eights), ceil(pixels / (64 if each == 9 else 32))
             wavefronts, issue = (2 + eights) * each, (2 + eights) * 24 + eights * 4
             unit, width, finish = 16 * 8 * eights, 64 if each == 9 else 32, 8.0 * eights
-        staged = (sources + p.O) * tile["pitch"] * p.element * max(1, tile["slices"])
+        # made rows have another pitch than the staged ones
+        pitch = tile["frames"] * p.V + 8 if graph else tile["pitch"]
+        staged = (sources * max(1, tile["slices"]) + p.O) * pitch * p.element
         splits = tile["splits"]
-        share = groups * ceil(slots / 16) * 16 * rows * 4.0
+        sums = p.O * p.V  # of dy, by joint
+        share = (groups * ceil(slots / 16) * 16 * rows + sums) * 4.0
+        summed = tiles * p.O * tile["frames"] * ceil(p.V / 32)  # frames of dy that a warp adds up
         counts = {
             "l2": tiles * staged + tiles * tasks * finish * 128 / 2,
-            "wavefronts": tiles * (tasks * (runs * wavefronts + finish) + staged / 128),
-            "issue": tiles * (tasks * (runs * issue + 4 * finish) + staged / 16 / 32 * 8),
+            "wavefronts": tiles * (tasks * (runs * wavefronts + finish) + staged / 128) + summed,
+            "issue": tiles * (tasks * (runs * issue + 4 * finish) + staged / 16 / 32 * 8) + 5 * summed,
             "flops": 2.0 * tiles * tasks * runs * unit * width,
         }
+        if graph:
+            self._add_made_rows(counts, p, p.made_rows(True) * max(1, tile["slices"]))
         one = p.arithmetic == "float32"
         return [
-            self._plan(ceil(slots), groups),
+            *self._plan(ceil(slots), groups, graph),
             Launch(
                 "weight_gradient",
                 p.activations(sources + p.O) + splits * share,
@@ -178,43 +184,26 @@ class Cuda:
                 flying=staged,
                 overlaps=False,
             ),
-            Triton(self.card).second_pass(p.live, splits, p.element),
+            Triton(self.card).second_pass(p.live + sums, splits, p.element, at_once=8),
         ]
 
-    def _mix(self, p: Problem, moved: float, channels: int) -> Launch:
-        """mix_joints: a product with the graph from memory to memory."""
-        rows = float(p.N * p.T * channels)
-        return Launch(
-            "mix_joints",
-            moved,
-            l2=moved,
-            issue=rows * (32 if p.arithmetic == "float32" else 8),
-            wavefronts=rows * 3 * 32 * p.element / 128,
-            flops=2 * rows * 32 * 32,
-            arithmetic=p.arithmetic,
-            mma=p.arithmetic != "float32",
-            programs=rows / 256,
-            registers=_usage(self.card.capability).get("mix", 96),
-            shared=32 << 10,
-            flying=16 << 10,
-            overlaps=False,
-        )
-
     def _outer(self, p: Problem, moved: float, channels: int, splits: int) -> Launch:
-        """outer_joints: dA as a sum of outer products of frames."""
-        rows = float(p.N * p.T * channels)
+        """outer_joints: dA as a sum of outer products of frames, on the FMA units in every arithmetic.
+
+        A row is staged value by value; then each of (J / 4)^2 threads reads 2 x 4 values and multiplies 4 x 4 of them.
+        """
+        rows, J = float(p.N * p.T * channels), ceil(p.V / 4) * 4
+        warps = (J / 4) ** 2 / 32
         return Launch(
             "outer_joints",
             moved,
             l2=moved,
-            issue=rows * (32 if p.arithmetic == "float32" else 8),
-            wavefronts=rows * 4 * 32 * p.element / 128,
-            flops=2 * rows * 32 * 32,
-            arithmetic=p.arithmetic,
-            mma=p.arithmetic != "float32",
+            issue=rows * (2 * J / 32 * 14 + warps * 21),
+            wavefronts=rows * (2 * J / 32 * 2 + warps * 4),
+            flops=2 * rows * J * J,
             programs=splits * p.K,
             registers=_usage(self.card.capability).get("outer", 96),
             shared=32 << 10,
-            flying=16 << 10,
+            flying=2 * 32 * p.V * p.element,
             overlaps=False,
         )

@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from math import log
 from statistics import median
 
+from ..kernels.preference import kind_of, level_of
 from .gpu_cards import CARDS, Card, Launch, Problem
 from .gpu_cuda import Cuda
 from .gpu_triton import STORED, Triton
@@ -115,34 +117,33 @@ def predictions(
     return rows
 
 
-def best(rows: Iterable[Prediction]) -> list[Prediction]:
-    """Of each product, the backend that is predicted faster."""
-    chosen: dict[tuple, Prediction] = {}
+def preferred(rows: Iterable[Prediction]) -> dict[tuple[str, ...], str]:
+    """What dispatch looks at (op, direction, arithmetic, kind of block, level of density) -> the backend whose predicted times
+    have the smaller geometric mean."""
+    sums: dict[tuple[str, ...], dict[str, float]] = {}
     for row in rows:
-        key = (row.op, row.direction, row.arithmetic, row.channels, row.frames, row.sparsity, row.block)
-        if key not in chosen or row.seconds < chosen[key].seconds:
-            chosen[key] = row
-    return list(chosen.values())
-
-
-def preferred(rows: Iterable[Prediction]) -> dict[tuple[str, str, str, str], str]:
-    """(op, direction, arithmetic, kind of block) -> the backend whose predicted times have the smaller geometric mean."""
-    from math import log
-
-    from ..kernels.preference import kind_of
-
-    sums: dict[tuple[str, str, str, str], dict[str, float]] = {}
-    for row in rows:
-        outputs, inputs = map(int, row.block.split("x"))
-        times = sums.setdefault((row.op, row.direction, row.arithmetic, kind_of((outputs, inputs))), {})
+        times = sums.setdefault(_asked(row), {})
         times[row.backend] = times.get(row.backend, 0.0) + log(row.seconds)
     return {key: min(times, key=lambda name: times[name]) for key, times in sums.items()}
 
 
+def dispatched(rows: Sequence[Prediction]) -> list[Prediction]:
+    """Of each product, the prediction of the backend that dispatch runs: the same one for a kind of block and a level of
+    density, not the faster one of every single product."""
+    chosen = preferred(rows)
+    return [row for row in rows if row.backend == chosen[_asked(row)]]
+
+
+def _asked(row: Prediction) -> tuple[str, ...]:
+    """What dispatch looks at."""
+    outputs, inputs = map(int, row.block.split("x"))
+    return row.op, row.direction, row.arithmetic, kind_of((outputs, inputs)), level_of(1 - row.sparsity)
+
+
 def summary(card: Card, rows: Sequence[Prediction]) -> str:
-    """One line per op, direction, arithmetic and block: the better backend against the floor and cuDNN's, by level."""
+    """One line per op, direction, arithmetic and block: what dispatch runs against the floor and cuDNN's, by level."""
     levels = sorted({row.sparsity for row in rows})
-    chosen = best(rows)
+    chosen = dispatched(rows)
     missed = [row for row in chosen if row.ratio > LIMIT]
     head = ["op", "direction", "arithmetic", "block", "backend", *(f"{level:g}" for level in levels), "bound"]
     lines = [
@@ -166,7 +167,7 @@ def summary(card: Card, rows: Sequence[Prediction]) -> str:
 
 def report(name: str, rows: Sequence[Prediction]) -> dict:
     """What the JSON file holds: ``columns`` and, one list each, the ``rows``; ``load`` reads them."""
-    chosen = best(rows)
+    chosen = dispatched(rows)
     columns = [field.name for field in fields(Prediction)]
     return {
         "basis": LABEL,

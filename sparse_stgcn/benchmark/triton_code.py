@@ -135,13 +135,14 @@ def constants_of(variant: Variant, config: Any) -> dict[str, Any]:
     element = ELEMENT[variant.arithmetic]
     values = {
         "BO": variant.block[0], "COLUMNS": variant.block[1], "ALIGN": 16 // BYTES[element] if variant.wide else 1,
-        "JOINTS": variant.joints, "PER_CHANNEL": variant.per_channel, "RELU": True, "PER_BLOCK": 8, "COUNT": 256,
+        "JOINTS": variant.joints, "PER_CHANNEL": variant.per_channel, "RELU": True, "PER_BLOCK": 8,
+        "COUNT": 32 if variant.kernel == "sum_parts" else 1024, "AT_ONCE": 16,
         **precisions(KINDS[variant.arithmetic]), **dict.fromkeys(LAST_STRIDES, 1),
     }  # fmt: skip
     if variant.kernel in TEMPORAL:
         values |= {"PIXELS": config.pixels, "SLOTS": config.slots}
     if variant.kernel in GRAPH:
-        values |= {"FRAMES": config.frames, "SLOTS": config.slots, "PART": config.rows}
+        values |= {"FRAMES": config.frames, "SLOTS": config.slots, "PART": config.rows, "STRIP": configs.STRIP}
         values["ROWS"] = 8 if variant.kernel == "graph_conv_dx" else config.rows
     if variant.kernel.endswith("_dw") and not variant.cover:
         values["place"] = None

@@ -181,12 +181,12 @@ def temporal_conv_weight_gradient(
     launch = _prepare("TemporalConv", "weight_gradient", x, shape, block, input, tf32, x.shape[2], stride, dilation)
     dw = torch.empty((input.numel(), block[1], block[0]), dtype=x.dtype, device=x.device)
     masked, scale = (None, None) if masked is None else (masked.contiguous(), _float(scale))
-    scratch, values = _scratch(launch, x), values.contiguous()
+    scratch, values, sums = _scratch(launch, x), values.contiguous(), _sums_of(dy, input.numel())
     launch.weight_gradient(
         _plane(x), _plane(dy), values.data_ptr(), _index(row_ptr, input, tap), _address(masked), _address(scale),
-        dw.data_ptr(), scratch.data_ptr(), _stream(x),
+        dw.data_ptr(), _address(sums), scratch.data_ptr(), _stream(x),
     )  # fmt: skip
-    return dw, dy.sum((0, 2, 3), dtype=torch.float32).to(dy.dtype)
+    return dw, (dy.sum((0, 2, 3), dtype=torch.float32) if sums is None else sums.sum(1)).to(dy.dtype)
 
 
 def bias_map(adjacency: Tensor, bias: Tensor) -> Tensor:
@@ -309,11 +309,19 @@ def graph_conv_weight_gradient(
     dw = torch.empty((input.numel(), block[1], block[0]), dtype=x.dtype, device=x.device)
     masked, scale = (None, None) if masked is None else (masked.contiguous(), _float(scale))
     scratch, values, adjacency = _scratch(launch, x), values.contiguous(), adjacency.to(x.dtype)
+    sums = _sums_of(dy, input.numel()) if adjacency.dim() == 3 else None
     launch.weight_gradient(
         _plane(x), _plane(dy), values.data_ptr(), _graph(adjacency), _index(row_ptr, input, tap), _address(masked),
-        _address(scale), dw.data_ptr(), scratch.data_ptr(), _stream(x),
+        _address(scale), dw.data_ptr(), _address(sums), scratch.data_ptr(), _stream(x),
     )  # fmt: skip
-    return dw, dy.sum((0, 2) if adjacency.dim() == 3 else 2, dtype=torch.float32).to(dy.dtype)
+    if sums is None:
+        sums = dy.sum((0, 2) if adjacency.dim() == 3 else 2, dtype=torch.float32)
+    return dw, sums.to(dy.dtype)
+
+
+def _sums_of(dy: Tensor, blocks: int) -> Tensor | None:
+    """Where the kernel leaves the sum of dy over samples and frames, (O, V); without a block it does not run."""
+    return dy.new_empty((dy.shape[1], dy.shape[3]), dtype=torch.float32) if blocks else None
 
 
 def _prepare(

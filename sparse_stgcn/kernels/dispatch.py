@@ -51,6 +51,7 @@ class Product:
     vertices: int = 25
     arithmetic: str | None = None  # "float32", "tf32" or "half"; None: that of the dtype, in IEEE float32
     cuda: str | None = None
+    density: float = 1.0  # share of the weights that is live
 
 
 def choose(op: str, device: str, dtype: torch.dtype, *, adjacency_dims: int = 3, forced: str | None = None,
@@ -89,7 +90,8 @@ def choose(op: str, device: str, dtype: torch.dtype, *, adjacency_dims: int = 3,
             return Choice(names[0], "forced by SPARSE_STGCN_BACKEND" if forced else f"not {other}: {refusals[other]}")
         if names:
             arithmetic = product.arithmetic or preference.ARITHMETIC[dtype]
-            return Choice(preference.faster(gpu.capability, op, product.direction, arithmetic, product.block),  # type: ignore
+            asked = (op, product.direction, arithmetic, product.block, product.density)
+            return Choice(preference.faster(gpu.capability, *asked),  # type: ignore[union-attr]
                           "predicted to be the faster one by the static model; not measured")
         why_not = refusals[forced] if forced else "; ".join(dict.fromkeys(r for r in refusals.values() if r))
     else:

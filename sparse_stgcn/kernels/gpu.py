@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from typing import Any
 
 import torch
@@ -59,7 +60,9 @@ def _backend(op: str, direction: str, x: Tensor, index: tuple[Any, ...], frames:
     if found is not None and found.cuda is None and cuda.unsupported(x.dtype) is None:
         name = "GraphConv" if graph else "TemporalConv"
         refused = cuda.refusal(name, _CUDA_NAMES[direction], x, shape, block, tap, frames, *more)
-    product = dispatch.Product(op, direction, block, more[0] if graph else 3, x.shape[3], _arithmetic(x.dtype), refused)
+    density = tap.numel() * prod(block) / prod(shape)
+    dims = more[0] if graph else 3
+    product = dispatch.Product(op, direction, block, dims, x.shape[3], _arithmetic(x.dtype), refused, density)
     return dispatch.backend_of_product(product, x.device, x.dtype)
 
 

@@ -40,6 +40,7 @@ CASES = [
     Case("plain"),
     Case("per sample", adjacency="sample", epilogue=True),
     Case("per channel", adjacency="channel", epilogue=True),
+    Case("a share of several samples", N=5, I=4, O=8, T=2, V=9, K=2, adjacency="sample"),
     Case("per channel, ragged", I=5, O=11, T=5, V=17, adjacency="channel", block=(4, 4), density=0.5),
     Case("one vertex, one frame", V=1, T=1),
     Case("17 vertices", V=17, T=9, epilogue=True),
@@ -56,6 +57,7 @@ CASES = [
     Case("no sample", N=0),
     Case("ST-GCN, 64 channels", N=1, I=64, O=64, T=5, density=0.05, shared=99 << 10),
 ]
+WITH_BIAS = ("plain", "a share of several samples", "54 vertices", "chunks of channels", "(64, 64), per sample", "no block")
 BRIEF = [case for case in CASES if case.name in ("per sample", "per channel, ragged", "chunks of channels")]
 
 
@@ -248,8 +250,9 @@ def test_the_lasso_term_is_added_once_to_masked_blocks(adjacency: str) -> None:
     assert torch.equal(with_lasso, plain + 0.5 * problem.values * masked[:, None, None])
 
 
-def test_the_bias_is_a_map_whose_gradient_is_given() -> None:
-    problem = make(CASES[0], torch.float32)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in WITH_BIAS], ids=lambda c: c.name)
+def test_the_bias_is_a_map_whose_gradient_is_given(case: Case) -> None:
+    problem = make(case, torch.float32)
     bias, adjacency = problem.bias.requires_grad_(), problem.adjacency
     y = reference.graph_conv(problem.x, problem.values, problem.pattern, adjacency, bias)
     (want,) = torch.autograd.grad(y, bias, problem.dy)

@@ -151,6 +151,10 @@ def check_graph_gradients_of_wide_blocks(modules: dict[str, ModuleType]) -> None
     check_graph_gradients(modules, N=1, I=70, T=1, block=(64, 64), K=1, density=1.0)
 
 
+def check_graph_gradients_in_strips(modules: dict[str, ModuleType]) -> None:
+    check_graph_gradients(modules, N=1, I=3, O=8, V=40, T=2, K=1, density=1.0)
+
+
 CHECKS: dict[str, Check] = {
     name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")
 }
@@ -186,8 +190,10 @@ MUTANTS = [
     Mutant("last tile of a share", TB, "tl.minimum(first_tile + share, samples * tiles)",
            "tl.minimum(first_tile + share, samples * tiles) - 1", "temporal_gradients", "dw"),
     Mutant("frames of dw not masked", TB, "((frame >= 0) & (frame < T))", "(frame < T)[:, :]", "temporal_gradients", "dw"),
-    Mutant("second pass misses a split", L, "for _ in range(parts):", "for _ in range(parts - 1):", "temporal_gradients", "dw"),
-    Mutant("second pass starts over", L, "share += total", "share += 0", "temporal_gradients", "dw"),
+    Mutant("second pass misses a split", L, "(part < parts)[:, None]", "(part < parts - 1)[:, None]",
+           "temporal_gradients", "dw"),
+    Mutant("second pass starts over", L, "part.to(tl.int64)[:, None] * total",
+           "part.to(tl.int64)[:, None] * 0", "temporal_gradients", "dw"),
     Mutant("lasso omitted", L, "if masked is not None:", "if False:", "temporal_gradients", "dw"),
     Mutant("lasso on the kept blocks", L, "other=0) != 0", "other=0) == 0", "temporal_gradients", "dw"),
     Mutant("cover's rows mixed up", P, "(out % rows).expand", "((out + 1) % rows).expand", "temporal_gradients_of_a_cover",
@@ -217,8 +223,12 @@ MUTANTS = [
            "graph_gradients", "dx"),
     Mutant("second part of wide columns", GB, "column = inner + tl.arange(0, PART)", "column = tl.arange(0, PART)",
            "graph_gradients_of_wide_blocks", "dx"),
-    Mutant("adjacency of dw not transposed", GB, "(n * a_n + k * a_k), a_w, a_v, a_o", "(n * a_n + k * a_k), a_v, a_w, a_o",
+    Mutant("adjacency of dw not transposed", GB, "first_v * a_v), a_w, a_v, a_o", "first_v * a_v), a_v, a_w, a_o",
            "graph_gradients", "dw"),
+    Mutant("adjacency of another strip", GB, "first_w * a_w + first_v * a_v", "first_w * a_v + first_v * a_w",
+           "graph_gradients_in_strips", "dw"),
+    Mutant("dy of the first strip only", GB, "for first_w in range(0, JOINTS, STRIP)", "for first_w in range(0, STRIP, STRIP)",
+           "graph_gradients_in_strips", "dw"),
     Mutant("dw reads a frame too few", GB, "((t < T) & (v < units * ALIGN))[None, :]",
            "((t < T - 1) & (v < units * ALIGN))[None, :]", "graph_gradients", "dw"),
     Mutant("first tile of dA", GA, "range(first_tile, last_tile)", "range(first_tile + 1, last_tile)", "graph_gradients", "dA"),

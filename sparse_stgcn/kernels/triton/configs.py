@@ -82,6 +82,10 @@ TEMPORAL_CONV_DW: _Table = _for_all(
 JOINTS = (32, 64)
 """Vertices of a frame as a tile holds them; more than 64 have no kernel."""
 
+STRIP = 32
+"""Joints that graph_conv_dw brings through the graph at once: three TF32 products of a (64, 64) adjacency, and what they
+multiply, do not fit into the registers of a program."""
+
 _Graph = dict[int, GraphConfig]
 
 
@@ -110,9 +114,7 @@ GRAPH_CONV: dict[tuple[str, int, str], _Graph] = {
     **{("graph_conv_forward", 64, arithmetic): _BROAD for arithmetic in ARITHMETIC},
     **{("graph_conv_dadjacency", 64, arithmetic): _BROAD for arithmetic in ARITHMETIC},
     **{("graph_conv_dx", 64, arithmetic): _BROAD for arithmetic in ARITHMETIC},
-    ("graph_conv_dw", 64, "float32"): _BROAD_DW,
-    ("graph_conv_dw", 64, "tf32"): _BROAD_DW,
-    ("graph_conv_dw", 64, "half"): _BROAD_DW | dict.fromkeys((32, 64), GraphConfig(32, 1, 16, 8, 1)),
+    **{("graph_conv_dw", 64, arithmetic): _BROAD_DW for arithmetic in ARITHMETIC},
 }
 """(kernel, joints, arithmetic) -> rows (for dx: columns) of a block -> tile, for an adjacency that channels share."""
 

@@ -53,13 +53,13 @@ def to_pixels(rows, FRAMES: tl.constexpr, ROWS: tl.constexpr, JOINTS: tl.constex
 
 @triton.jit
 def through_graph(
-    rows, adjacency, a_v, a_w, a_o, o, O, V,
+    rows, adjacency, a_v, a_w, a_o, o, O, V, W,
     FRAMES: tl.constexpr, ROWS: tl.constexpr, JOINTS: tl.constexpr, PER_CHANNEL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """rows (FRAMES * ROWS, JOINTS) times A (v, w), which is zero beyond V; of each of its channels o, if per channel."""
+    """rows (FRAMES * ROWS, JOINTS) times A (v, w), which is zero beyond (V, W); of each of its channels o, if per channel."""
     joint = tl.arange(0, JOINTS)
     at = (joint.to(tl.int64) * a_v)[:, None] + (joint.to(tl.int64) * a_w)[None, :]
-    edge = (joint < V)[:, None] & (joint < V)[None, :]
+    edge = (joint < V)[:, None] & (joint < W)[None, :]
     if PER_CHANNEL:
         at_o = (o.to(tl.int64) * a_o)[:, None, None] + at[None, :, :]
         graph = tl.load(adjacency + at_o, mask=(o < O)[:, None, None] & edge[None, :, :], other=0.0)
@@ -121,7 +121,7 @@ def graph_conv_forward_kernel(
                 bias if bias is None else bias + k * O, o, O, I, BO, FRAMES, ROWS, JOINTS, SLOTS, ALIGN, PRECISION,
             )  # fmt: skip
             sums += through_graph(
-                rows, adjacency + (n * a_n + k * a_k), a_v, a_w, a_o, o, O, V,
+                rows, adjacency + (n * a_n + k * a_k), a_v, a_w, a_o, o, O, V, V,
                 FRAMES, ROWS, JOINTS, PER_CHANNEL, GRAPH_PRECISION,
             )  # fmt: skip
     row, joint = tl.arange(0, FRAMES * ROWS), tl.arange(0, JOINTS).to(tl.int64)[None, :]

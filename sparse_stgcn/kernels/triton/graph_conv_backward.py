@@ -7,8 +7,9 @@ dx: a program owns COLUMNS input channels and a few frames, and is the forward p
 exchanged: weights first, then the graph. With an adjacency per channel o the graph goes first, channel by channel, and
 the weights multiply what comes out of it. Fused: plus residual; 0 where gate is not positive (a ReLU that made x).
 
-dw: a program owns ROWS output channels and a share of the frames. It brings dy through the graph in registers and
-multiplies it with the gathered rows of x; a second pass adds the shares up in their order, and the group lasso's term.
+dw: a program owns ROWS output channels and a share of the frames. It brings dy through the graph in registers, STRIP joints
+at a time, and multiplies it with the gathered rows of x; a second pass adds the shares up in a fixed order, and the group
+lasso's term.
 
 Contract: sums in float32; addresses are 64-bit; every load and store of a tile is masked; no atomics; neither W' dy nor
 A dy ever reaches memory.
@@ -77,7 +78,7 @@ def graph_conv_dx_kernel(
                 o = first + tl.arange(0, FRAMES * ROWS) % ROWS
                 rows = load_rows(dy, n * d_n * ALIGN, first_frame, d_c * ALIGN, d_t * ALIGN, d_v, o, O, T, V,
                                  units * ALIGN, FRAMES, ROWS, JOINTS)  # fmt: skip
-                rows = through_graph(rows, adjacency + at_a, a_w, a_v, a_o, first + tl.arange(0, ROWS), O, V,
+                rows = through_graph(rows, adjacency + at_a, a_w, a_v, a_o, first + tl.arange(0, ROWS), O, V, V,
                                      FRAMES, ROWS, JOINTS, True, GRAPH_PRECISION)  # fmt: skip
                 at_slot = column.to(tl.int64)[None, :] + entry * COLUMNS + r[:, None] * 0
                 slot = tl.load(entry_slot + at_slot, mask=(r < BO)[:, None], other=-1)
@@ -102,7 +103,7 @@ def graph_conv_dx_kernel(
                 hidden = tl.dot(panel, w, hidden, input_precision=PRECISION)
             hidden = tl.where(((t < T) & (v < V))[:, None], hidden, 0.0)
             sums += through_graph(
-                to_rows(hidden, FRAMES, PART, JOINTS), adjacency + at_a, a_w, a_v, a_o, column, I, V,
+                to_rows(hidden, FRAMES, PART, JOINTS), adjacency + at_a, a_w, a_v, a_o, column, I, V, V,
                 FRAMES, PART, JOINTS, False, GRAPH_PRECISION,
             )  # fmt: skip
     if PER_CHANNEL:
@@ -121,15 +122,16 @@ def graph_conv_dw_kernel(
     x, dy, adjacency, partial, row_ptr, channels, place,
     x_n, x_c, x_t, x_v, d_n, d_c, d_t, d_v, a_n, a_k, a_o, a_v, a_w,
     O, I, T, V, K, units, parts, samples, tiles, share, total,
-    BO: tl.constexpr, ROWS: tl.constexpr, FRAMES: tl.constexpr, JOINTS: tl.constexpr, SLOTS: tl.constexpr,
-    ALIGN: tl.constexpr, PER_CHANNEL: tl.constexpr, GRAPH_PRECISION: tl.constexpr,
+    BO: tl.constexpr, ROWS: tl.constexpr, FRAMES: tl.constexpr, JOINTS: tl.constexpr, STRIP: tl.constexpr,
+    SLOTS: tl.constexpr, ALIGN: tl.constexpr, PER_CHANNEL: tl.constexpr, GRAPH_PRECISION: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0) % parts
     g, inner = part * ROWS // BO, part * ROWS % BO
     split = (tl.program_id(0) // parts).to(tl.int64)
     first_tile = tl.program_id(0) // parts * share
     last_tile = tl.minimum(first_tile + share, samples * tiles)
-    p = tl.arange(0, FRAMES * JOINTS)
+    p = tl.arange(0, FRAMES * STRIP)
+    o, o_of_row = part * ROWS + tl.arange(0, ROWS), part * ROWS + tl.arange(0, FRAMES * ROWS) % ROWS
     for k in range(K):
         begin, end = tl.load(row_ptr + g * K + k), tl.load(row_ptr + g * K + k + 1)
         for first in range(begin, end, SLOTS):
@@ -139,19 +141,24 @@ def graph_conv_dw_kernel(
             sums = tl.zeros((SLOTS, ROWS), dtype=tl.float32)
             for tile in range(first_tile, last_tile):
                 n, first_frame = (tile // tiles).to(tl.int64), tile % tiles * FRAMES
-                o = part * ROWS + tl.arange(0, FRAMES * ROWS) % ROWS
-                rows = load_rows(dy, n * d_n * ALIGN, first_frame, d_c * ALIGN, d_t * ALIGN, d_v, o, O, T, V,
-                                 units * ALIGN, FRAMES, ROWS, JOINTS)  # fmt: skip
-                rows = through_graph(rows, adjacency + (n * a_n + k * a_k), a_w, a_v, a_o,
-                                     part * ROWS + tl.arange(0, ROWS), O, V, FRAMES, ROWS, JOINTS, PER_CHANNEL,
-                                     GRAPH_PRECISION)  # fmt: skip
-                t, v = first_frame + p // JOINTS, p % JOINTS
-                x_pixel = n * x_n * ALIGN + t.to(tl.int64) * x_t * ALIGN + v.to(tl.int64) * x_v
-                inside = (live & (channel < I))[:, None] & ((t < T) & (v < units * ALIGN))[None, :]
-                at_x = (channel.to(tl.int64) * x_c * ALIGN)[:, None] + x_pixel[None, :]
-                panel = tl.where((v < V)[None, :], tl.load(x + at_x, mask=inside, other=0.0).to(tl.float32), 0.0)
-                sums = tl.dot(panel, to_pixels(rows, FRAMES, ROWS, JOINTS), sums,
-                              input_precision=GRAPH_PRECISION)  # fmt: skip
+                t, at_a = first_frame + p // STRIP, n * a_n + k * a_k
+                for first_v in range(0, JOINTS, STRIP):
+                    v = first_v + p % STRIP
+                    rows = tl.zeros((FRAMES * ROWS, STRIP), dtype=tl.float32)
+                    for first_w in range(0, JOINTS, STRIP):
+                        arriving = load_rows(
+                            dy, n * d_n * ALIGN + first_w * d_v, first_frame, d_c * ALIGN, d_t * ALIGN, d_v, o_of_row, O, T,
+                            V - first_w, units * ALIGN - first_w, FRAMES, ROWS, STRIP,
+                        )  # fmt: skip
+                        rows += through_graph(
+                            arriving, adjacency + (at_a + first_w * a_w + first_v * a_v), a_w, a_v, a_o, o, O, V - first_w,
+                            V - first_v, FRAMES, ROWS, STRIP, PER_CHANNEL, GRAPH_PRECISION,
+                        )  # fmt: skip
+                    x_pixel = n * x_n * ALIGN + t.to(tl.int64) * x_t * ALIGN + v.to(tl.int64) * x_v
+                    inside = (live & (channel < I))[:, None] & ((t < T) & (v < units * ALIGN))[None, :]
+                    at_x = (channel.to(tl.int64) * x_c * ALIGN)[:, None] + x_pixel[None, :]
+                    panel = tl.where((v < V)[None, :], tl.load(x + at_x, mask=inside, other=0.0).to(tl.float32), 0.0)
+                    sums = tl.dot(panel, to_pixels(rows, FRAMES, ROWS, STRIP), sums, input_precision=GRAPH_PRECISION)
             at = slot.to(tl.int64)[:, None] * BO + inner + tl.arange(0, ROWS)[None, :]
             stored = live[:, None]
             if place is not None:
@@ -249,8 +256,8 @@ def graph_conv_dw(
         *strides(x, align), *strides(dy, align), *adjacency_strides(adjacency),
         out_channels, in_channels, frames, vertices, subsets, triton.cdiv(vertices, align), parts, batch, tiles,
         triton.cdiv(batch * tiles, splits), values.numel(),
-        BO=plan.rows, ROWS=config.rows, FRAMES=config.frames, JOINTS=joints, SLOTS=config.slots, ALIGN=align,
-        PER_CHANNEL=per_channel, GRAPH_PRECISION=precisions(arithmetic)["GRAPH_PRECISION"],
+        BO=plan.rows, ROWS=config.rows, FRAMES=config.frames, JOINTS=joints, STRIP=configs.STRIP, SLOTS=config.slots,
+        ALIGN=align, PER_CHANNEL=per_channel, GRAPH_PRECISION=precisions(arithmetic)["GRAPH_PRECISION"],
         **config.options(),
     )  # fmt: skip
     return sum_parts(partial, dw, values, masked, scale), dbias

@@ -158,15 +158,17 @@ def epilogue(sums, channel, channels, scale, shift, residual, at_residual, gate,
 
 
 @triton.jit
-def sum_parts_kernel(partial, values, masked, scale, out, parts, total, PER_BLOCK: tl.constexpr, COUNT: tl.constexpr):
-    """out[at] = sum over parts, in their order, of partial[part, at]; plus the group lasso's term of a masked block."""
+def sum_parts_kernel(partial, values, masked, scale, out, parts, total, PER_BLOCK: tl.constexpr, COUNT: tl.constexpr,
+                     AT_ONCE: tl.constexpr):  # fmt: skip
+    """out[at] = sum over parts, in a fixed order, of partial[part, at]; plus the group lasso's term of a masked block."""
     at = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
     live = at < total
-    sums = tl.zeros((COUNT,), dtype=tl.float32)
-    share = at
-    for _ in range(parts):
-        sums += tl.load(partial + share, mask=live, other=0.0)
-        share += total
+    lanes = tl.zeros((AT_ONCE, COUNT), dtype=tl.float32)
+    for first in range(0, parts, AT_ONCE):
+        part = first + tl.arange(0, AT_ONCE)
+        share = part.to(tl.int64)[:, None] * total + at[None, :]
+        lanes += tl.load(partial + share, mask=(part < parts)[:, None] & live[None, :], other=0.0)
+    sums = tl.sum(lanes, axis=0)
     if masked is not None:
         vanishing = tl.load(masked + at // PER_BLOCK, mask=live, other=0) != 0
         value = tl.load(values + at, mask=live, other=0.0).to(tl.float32)
@@ -176,13 +178,13 @@ def sum_parts_kernel(partial, values, masked, scale, out, parts, total, PER_BLOC
 
 def sum_parts(partial: Tensor, out: Tensor, values: Tensor | None = None, masked: Tensor | None = None,
               scale: Tensor | None = None) -> Tensor:  # fmt: skip
-    """out = partial (parts, ...) summed over parts in their order, plus scale * values on blocks that are masked."""
-    count = 256
+    """out = partial (parts, ...) summed over parts in a fixed order, plus scale * values on blocks that are masked."""
+    count = 32
     if out.numel():
         per_block = 1 if values is None else max(1, values[0].numel())
         sum_parts_kernel[(triton.cdiv(out.numel(), count),)](
             partial, None if masked is None or values is None else values.contiguous(),
             None if masked is None else masked.to(torch.uint8), None if masked is None else scale, out,
-            partial.shape[0], out.numel(), PER_BLOCK=per_block, COUNT=count, num_warps=4,
+            partial.shape[0], out.numel(), PER_BLOCK=per_block, COUNT=count, AT_ONCE=16, num_warps=4,
         )  # fmt: skip
     return out

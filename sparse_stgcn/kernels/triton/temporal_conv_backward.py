@@ -9,7 +9,7 @@ way; 0 where gate is not positive, the backward pass of a ReLU that made x.
 
 dw: a program owns one row of blocks and a share of the pixels; for some live slots at a time it multiplies the gathered
 rows of x (slots, pixels) with dy (pixels, rows). Its partial sums go to a workspace of their own, and a second pass adds
-the shares up in their order: the result is the same on every run. The group lasso's term is added once, in that pass.
+the shares up in a fixed order: the result is the same on every run. The group lasso's term is added once, in that pass.
 
 Contract: sums in float32; addresses are 64-bit; every load and store is masked; no atomics.
 """
