@@ -94,9 +94,9 @@ def save(model: nn.Module, path: str | Path, *, dtype: Dtype = "float32", coding
     return write_tensors(path, tensors, {**description, "meta": meta})
 
 
-def size(model: nn.Module, **meta: Any) -> int:
+def size(model: nn.Module, coding: Coding | None = None, **meta: Any) -> int:
     """Size in bytes of the file that :func:`save` would write."""
-    tensors, description = pack(model)
+    tensors, description = pack(model, coding=coding)
     return len(_serialised(tensors, {**description, "meta": meta}))
 
 

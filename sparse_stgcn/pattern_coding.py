@@ -29,7 +29,7 @@ __all__ = ["CODINGS", "GAPS", "LIVE", "Recipe", "decode", "encode"]
 
 CODINGS = ("seed", "bitmask", "index")
 LIVE, GAPS = "sparse.live", "sparse.gaps"
-_ESCAPE = 255
+ESCAPE = 255  # the byte of a gap that goes on in the next one
 
 Patterns = Mapping[str, BlockPattern]
 
@@ -113,16 +113,16 @@ def _equal(first: Patterns, second: Patterns) -> bool:
 def _gaps(live: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """The code ``index`` of a row of blocks."""
     gaps = np.diff(np.flatnonzero(live), prepend=-1) - 1
-    code = np.full(int((gaps // _ESCAPE + 1).sum()), _ESCAPE, np.uint8)
-    code[np.cumsum(gaps // _ESCAPE + 1) - 1] = gaps % _ESCAPE
+    code = np.full(int((gaps // ESCAPE + 1).sum()), ESCAPE, np.uint8)
+    code[np.cumsum(gaps // ESCAPE + 1) - 1] = gaps % ESCAPE
     return code
 
 
 def _positions(code: NDArray[np.uint8], total: int) -> NDArray[np.bool_]:
     """The row of ``total`` blocks that ``code`` stands for."""
-    ends = np.flatnonzero(code != _ESCAPE)
+    ends = np.flatnonzero(code != ESCAPE)
     at = np.cumsum(code, dtype=np.int64)[ends] + np.arange(len(ends))
-    if len(code) and (code[-1] == _ESCAPE or at[-1] >= total):
+    if len(code) and (code[-1] == ESCAPE or at[-1] >= total):
         raise ValueError(f"Expected {GAPS} to end within the {total} blocks of this network. Got more; the file is damaged.")
     live = np.zeros(total, dtype=bool)
     live[at] = True

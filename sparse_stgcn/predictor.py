@@ -64,9 +64,9 @@ class Predictor:
     p[c] = mean over the clips of softmax(logits)[c], of an ensemble also over its members, as in the training's own test: same
     normalisation, same stream, same frames. It runs on what ``optimize`` makes of the network.
 
-        >>> predictor = Predictor.load("runs/j95")                          # doctest: +SKIP
-        >>> predictor(keypoint, layout="nturgb+d", fps=30).top(3)           # doctest: +SKIP
-        [('kicking', 0.91), ('jumping', 0.06), ('waving', 0.01)]
+        predictor = Predictor.load("runs/j95")
+        for name, probability in predictor(keypoint, layout="nturgb+d", fps=30).top(3):
+            print(name, probability)
 
     Args:
         model: a Recognizer or an Ensemble.

@@ -37,7 +37,12 @@ def missing_gpu() -> str | None:
     return None
 
 
+# One test each that takes minutes: first, so that no worker is left alone with one at the end.
+LONGEST = ("test_cuda_emulation.py", "test_triton_interpreter.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and (reason := missing_gpu()):
         for item in marked:

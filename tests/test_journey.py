@@ -102,7 +102,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_guide(workplace: Path) -> None:
     pytest.importorskip("matplotlib")
     ran = run_page("docs/guide.md", SLOW)
-    assert {"", "train", "convert", "evaluate", "ensemble", "fuse", "info", "sweep"} == set(ran)
+    assert {"", "train", "convert", "evaluate", "ensemble", "fuse", "info", "sweep", "predict", "plot", "report"} == set(ran)
     for name in ("runs/s95/model.safetensors", "runs/levels/ensemble.safetensors", "runs/levels/confidence.png", "fused.npz"):
         assert (workplace / name).stat().st_size > 0
 

@@ -20,6 +20,7 @@ from sparse_stgcn.evaluate import main as evaluate
 from sparse_stgcn.multilevel import MultiLevelConfig
 from sparse_stgcn.scores import Scores
 from sparse_stgcn.sparsity import densify, mask_layers, maskable_convs, summary
+from sparse_stgcn.training.batches import Part
 from sparse_stgcn.training.levels import Levels
 from sparse_stgcn.training.multilevel import MultiLevelTrainer
 from sparse_stgcn.training.multilevel_run import MultiLevelRun, prepare
@@ -111,11 +112,11 @@ def trainer(together: Levels, **options: object) -> MultiLevelTrainer:
 def test_gradients_of_shared_parameters_are_the_sums_over_levels(own_classifier: bool, distillation: float) -> None:
     together = nested(own_classifier=own_classifier, dtype=torch.float64)
     expected = dense_losses(together, distillation, [1, 2, 3])
-    step = trainer(together, between=2, distillation=distillation, own_classifier=own_classifier)
+    step = trainer(together, between=2, distillation=distillation, own_classifier=own_classifier).step
     step.optimizer.param_groups[0]["lr"] = 0.05
     before = {key: p.detach().clone() for key, p in together.widest.named_parameters()}
     together.train()
-    step._step(*batch(torch.float64), 0.0)
+    step([(Part(list(range(6)), 1.0, True), *batch(torch.float64))], 0.0)
     convs, checked = maskable_convs(together.widest), 0
     for key, parameter in together.widest.named_parameters():
         want = expected.get(key)
@@ -136,7 +137,7 @@ def test_gradients_of_shared_parameters_are_the_sums_over_levels(own_classifier:
 
 
 def test_a_step_trains_the_widest_the_sparsest_and_some_between() -> None:
-    step = trainer(nested(), between=1)
+    step = trainer(nested(), between=1).step
     torch.manual_seed(0)
     drawn = [step._active() for _ in range(60)]
     assert all(len(active) == 2 and active[1] == 3 for active in drawn)
@@ -146,7 +147,7 @@ def test_a_step_trains_the_widest_the_sparsest_and_some_between() -> None:
     before = copy.deepcopy(idle.state_dict())
     step.levels.train()
     torch.manual_seed(0)
-    step._step(*batch(), 0.0)
+    step([(Part(list(range(6)), 1.0, True), *batch())], 0.0)
     assert all(torch.equal(before[key], value) for key, value in idle.state_dict().items())
 
 

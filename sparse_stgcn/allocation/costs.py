@@ -12,13 +12,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import checkpoint, macs
 from ..masks import Layer
+from ..pattern_coding import ESCAPE
 from ..recognizer import Recognizer
 from ..sparsity import compact, sparsify
 from .latency import LatencyTable, lowest
 
 __all__ = ["Costs"]
 
-WEIGHT = 4  # bytes of a live weight in a checkpoint; the bits that say where it is do not depend on the number of live ones
+WEIGHT = 4  # bytes of a live weight in a checkpoint
 HEADER = 256  # bytes by which offsets, counters and metrics in a header may grow
 
 
@@ -30,7 +31,7 @@ class Costs:
         layers: the maskable weights.
         work: multiply-adds of one sample, per weight of each layer.
         fixed_work: multiply-adds that no mask changes.
-        fixed_bytes: size of the checkpoint without any live weight.
+        fixed_bytes: size of the checkpoint without any live weight and its place.
         latency: None where optimised inference has no program for the network.
     """
 
@@ -56,7 +57,8 @@ class Costs:
         sparse = compact(sparsify(copy.deepcopy(model), 0.0, layers[0].block, density=lowest(layers)))
         _make_distinct(sparse)
         kept = round(sum(layer.block_weights * layer.grid[0] for layer in layers))
-        return cls(tuple(layers), work, fixed, checkpoint.size(sparse, **meta) + HEADER - WEIGHT * kept, latency)
+        size = checkpoint.size(sparse, "bitmask", **meta) + HEADER - WEIGHT * kept - _bitmask(layers)
+        return cls(tuple(layers), work, fixed, size, latency)
 
     @property
     def maskable(self) -> int:
@@ -70,8 +72,12 @@ class Costs:
         return {layer.name: float(count) / layer.num_blocks for layer, count in zip(self.layers, counts, strict=True)}
 
     def bytes(self, counts: np.ndarray) -> float:
-        """Size of the checkpoint file at most; about HEADER bytes above what it will be."""
-        return self.fixed_bytes + WEIGHT * self.weights(counts)
+        """Size of the checkpoint file at most; about HEADER bytes above what it will be.
+
+        The places of the live blocks are bits, or gaps of a byte each where those take less (``pattern_coding``).
+        """
+        gaps = float(counts.sum()) + sum(layer.num_blocks for layer in self.layers) / ESCAPE
+        return self.fixed_bytes + WEIGHT * self.weights(counts) + min(_bitmask(self.layers), gaps)
 
     def multiply_adds(self, counts: np.ndarray) -> float:
         """Of one sample."""
@@ -81,6 +87,10 @@ class Costs:
     def seconds(self, counts: np.ndarray) -> float | None:
         """Predicted latency of one sample in optimised inference."""
         return None if self.latency is None else self.latency.predict(self.density(counts))
+
+
+def _bitmask(layers: Sequence[Layer]) -> int:
+    return sum(-(-layer.num_blocks // 8) for layer in layers)
 
 
 def _make_distinct(model: nn.Module) -> None:
