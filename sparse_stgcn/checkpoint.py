@@ -24,11 +24,7 @@ the buffer that it equals) and ``meta`` (what the caller of :func:`save` added).
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -43,13 +39,11 @@ from .masks import Layer
 from .pattern_coding import GAPS, LIVE, Recipe, decode, encode
 from .recognizer import Ensemble, Recognizer
 from .sparsity import mask_layers, maskable_convs, parse_block
+from .tensor_file import FORMAT, read_metadata, read_tensors, serialised, write_atomically, write_tensors
 
 __all__ = ["dense_bytes", "from_paper", "from_pyskl", "load", "pack", "pattern_digest", "read_metadata", "read_tensors",
            "rebuild", "save", "size", "to_pyskl", "unpack", "write_atomically", "write_tensors"]
 
-FORMAT = 2
-READABLE = (1, 2)  # format 1 had float32 and the coding bitmask only, and no values_of
-KEY = "sparse_stgcn"
 # What the contents of a file raise that are not those of a checkpoint, besides ValueError.
 DAMAGED = (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError)
 COUNTER, VALUES = ".num_batches_tracked", "sparse.values"
@@ -97,7 +91,7 @@ def save(model: nn.Module, path: str | Path, *, dtype: Dtype = "float32", coding
 def size(model: nn.Module, coding: Coding | None = None, **meta: Any) -> int:
     """Size in bytes of the file that :func:`save` would write."""
     tensors, description = pack(model, coding=coding)
-    return len(_serialised(tensors, {**description, "meta": meta}))
+    return len(serialised(tensors, {**description, "meta": meta}))
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
@@ -113,23 +107,6 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
     except DAMAGED as error:
         raise ValueError(f"Expected {path} to be a complete checkpoint. Got: {error}.") from error
     return model.to(device).eval()
-
-
-def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The JSON metadata of a checkpoint, without reading its tensors.
-
-    Raises:
-        ValueError: not a file written by :func:`save`.
-        OSError: the file cannot be read.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    _must_exist(path)
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return _description(path, file.metadata())
-    except SafetensorError as error:
-        raise _foreign(path, error) from error
 
 
 def dense_bytes(model: nn.Module) -> int:
@@ -256,64 +233,6 @@ def unpack(model: nn.Module, tensors: Mapping[str, Tensor], description: Mapping
         model.mask_recipe = Recipe.of(description["recipe"])  # type: ignore[assignment]
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> int:
-    """Write tensors and JSON metadata to ``path`` by way of a temporary file; returns the size in bytes.
-
-    Raises:
-        OSError: the directory is missing or full; ``path`` is then as it was, and no temporary file is left.
-    """
-    return write_atomically(path, _serialised(tensors, description))
-
-
-def _serialised(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> bytes:
-    from safetensors.torch import save as serialise
-
-    return serialise(dict(tensors), {KEY: json.dumps(description)})
-
-
-def write_atomically(path: str | Path, content: bytes) -> int:
-    """Write ``content`` under a temporary name beside ``path``, flush it to the disk, rename it; its size."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files that only the owner can read; a checkpoint gets the permissions of any new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-        _flush_directory(path.parent)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return len(content)
-
-
-def _flush_directory(path: Path) -> None:
-    """Make a rename last through a loss of power, where the system can: a directory is not a file everywhere."""
-    with suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, description) of a file written by :func:`write_tensors`. Raises like :func:`load`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    description = read_metadata(path)
-    try:
-        return load_file(str(path)), description
-    except SafetensorError as error:
-        raise _foreign(path, error) from error
-
-
 def _sparse_layers(model: nn.Module) -> list[tuple[str, Any, BlockPattern]]:
     """(name, convolution, its pattern on the CPU) of the sparse convolutions, in the order of the network."""
     return [(name, conv, conv.pattern.to("cpu")) for name, conv in maskable_convs(model).items()
@@ -395,25 +314,3 @@ def _rounded(name: str, tensor: Tensor) -> Tensor:
         raise ValueError(f"Expected weights of at most {torch.finfo(torch.float16).max:g} for dtype float16. Got "
                          f"{float(tensor.abs().max()):g} in {name}; use float32.")
     return half
-
-
-def _must_exist(path: str | Path) -> None:
-    if not Path(path).is_file():
-        raise FileNotFoundError(2, "No such checkpoint", str(path))
-
-
-def _foreign(path: str | Path, error: Exception | None = None) -> ValueError:
-    reason = f"Got: {error}." if error else "Got a safetensors file without this project's metadata."
-    return ValueError(f"Expected {path} to be a checkpoint written by sparse_stgcn.save. {reason}")
-
-
-def _description(path: str | Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    try:
-        description = json.loads((metadata or {})[KEY])
-        found = description["format"]
-    except (KeyError, TypeError, ValueError):
-        raise _foreign(path) from None
-    if found not in READABLE:
-        known = " or ".join(map(str, READABLE))
-        raise ValueError(f"Expected {path} in format {known}. Got format {found}; update sparse_stgcn.")
-    return description

@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     total = sum(report["files"] for report in reports)
     print(f"{total} files, {sum(len(report['findings']) for report in reports)} kinds of findings")
     if config.out is not None:
-        command = f"PYTHONPATH=tests python -m fuzz --count {config.count} --seed {config.seed} --out {config.out}"
+        chosen = "" if config.targets == tuple(TARGETS) else f" --targets {' '.join(config.targets)}"
+        command = f"PYTHONPATH=tests python -m fuzz --count {config.count} --seed {config.seed}{chosen} --out {config.out}"
         Path(config.out).write_text(json.dumps({"command": command, "files": total, "reports": reports}, indent=1) + "\n")
     return int(any(report["findings"] for report in reports))
 
