@@ -6,22 +6,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 import yaml
 
 from .errors import UserError, one_of, validating
+from .options import OptionalFloat, OptionalInt, OptionalStr, check_device, coerce, flag, read_mapping
 
 if TYPE_CHECKING:
     from .allocation.budget import Budget
 
-__all__ = ["PRESETS", "OptionalInt", "OptionalStr", "TrainConfig", "check_device", "parse", "parse_as"]
-
-# A flag that may be left out. Its help text says what happens then, which "(default: None)" would not.
-OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
-OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
-OptionalStr = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
+__all__ = ["PRESETS", "TrainConfig", "parse", "parse_as"]
 
 SCHEDULES = ("linear", "constant")
 PRECISIONS = ("float32", "bf16")
@@ -297,11 +293,11 @@ class TrainConfig:
     def _at_least(self, name: str, least: int) -> None:
         value = getattr(self, name)
         if value is not None and value < least:
-            raise UserError(f"Expected {_flag(name)} >= {least}. Got {value}.")
+            raise UserError(f"Expected {flag(name)} >= {least}. Got {value}.")
 
     def _number(self, name: str, good: bool, expected: str) -> None:
         if not good:
-            raise UserError(f"Expected {_flag(name)} to be {expected}. Got {getattr(self, name):g}.")
+            raise UserError(f"Expected {flag(name)} to be {expected}. Got {getattr(self, name):g}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Every key except ``config`` and ``resume``, which say how the run was called, not what it is."""
@@ -320,18 +316,7 @@ class TrainConfig:
         Raises:
             UserError: no such file, not YAML, not a mapping, an unknown key, or a value of the wrong type.
         """
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"Expected --config to be a file that can be read. Got {path}: "
-                            f"{error.strerror}.") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"Expected {path} to be YAML. Got: {error}.") from error
-        if content is None:
-            content = {}
-        if not isinstance(content, Mapping):
-            raise UserError(f"Expected {path} to hold 'key: value' lines. Got a {type(content).__name__}.")
-        return cls.from_mapping(content, path)
+        return cls.from_mapping(read_mapping(path), path)
 
     @classmethod
     def recorded(cls: type[T], work_dir: str | Path) -> T:
@@ -358,7 +343,7 @@ class TrainConfig:
             here.sparsity = there.sparsity  # the file set it
         if here.auto_batch:
             here.accumulate = there.accumulate
-        changed = [_flag(f.name) for f in fields(self) if f.name not in (*_FREE_ON_RESUME, "work_dir")
+        changed = [flag(f.name) for f in fields(self) if f.name not in (*_FREE_ON_RESUME, "work_dir")
                    and getattr(here, f.name) != getattr(there, f.name)]
         if changed:
             raise UserError(f"Expected --resume to continue the run unchanged. Got other values for "
@@ -375,7 +360,7 @@ class TrainConfig:
         for key, value in content.items():
             name = str(key).replace("-", "_")
             one_of(f"each key of {path}", name, [f.name for f in fields(cls) if f.name not in _NOT_RECORDED])
-            values[name] = _coerce(name, value, kinds[name], path)
+            values[name] = coerce(name, value, kinds[name], path)
         return cls(**values)
 
 
@@ -408,46 +393,3 @@ def parse_as(kind: type[T], argv: Sequence[str] | None = None, prog: str | None 
     if known.resume is not None:
         return config.resuming(known.resume)
     return config
-
-
-def check_device(name: str, argument: str = "--device") -> None:
-    """Check that torch knows the device and that it is there.
-
-    Raises:
-        UserError: an unknown name, or no such device on this machine.
-    """
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"Expected {argument} to be cpu, cuda or cuda:N. Got {name!r}.") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"Expected {argument} to be cpu, cuda or cuda:N. Got {name!r}.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"Expected {argument} to be a device of this machine. Got {name!r}, but torch sees "
-                        f"{torch.cuda.device_count()} CUDA devices; use --device cpu.")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _coerce(name: str, value: Any, kind: Any, path: str | Path) -> Any:
-    """``value`` as the field's type. YAML 1.1 reads 5e-4 as text and 1 as integer; both are good floats."""
-    if get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(_coerce(name, item, get_args(kind)[0], path) for item in value)
-    options = getattr(kind, "__args__", (kind,))
-    if isinstance(value, str) and any(value in get_args(option) for option in options if get_origin(option) is Literal):
-        return value
-    if value is None and type(None) in options:
-        return None
-    target = next(option for option in options if option is not type(None))
-    if target is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    elif type(value) is target:
-        return value
-    raise UserError(f"Expected {name} in {path} to be {target.__name__}. Got {value!r}.")

@@ -9,12 +9,12 @@ from typing import Annotated
 
 import tyro
 
-from .config import OptionalInt, OptionalStr
 from .data.archive import Archive
 from .data.formats import Options, detect, open_source
 from .data.storage import check_target
 from .data.writer import write_archive
 from .errors import UserError, run, validating
+from .options import OptionalInt, OptionalStr
 
 __all__ = ["ConvertConfig", "main"]
 

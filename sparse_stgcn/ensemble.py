@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from . import comparison, plots
-from .config import OptionalInt, OptionalStr, TrainConfig
+from .config import TrainConfig
 from .errors import UserError, run, validating
+from .options import OptionalInt, OptionalStr
 
 if TYPE_CHECKING:
     from .data.archive import Archive

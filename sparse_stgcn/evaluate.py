@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from .config import OptionalInt, OptionalStr, TrainConfig, check_device
+from .config import TrainConfig
 from .errors import UserError, run, validating
+from .options import OptionalInt, OptionalStr, check_device
 
 if TYPE_CHECKING:
     from .data.archive import Archive

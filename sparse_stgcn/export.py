@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from .config import OptionalInt, OptionalStr
 from .errors import UserError, one_of, run, validating
+from .options import OptionalInt, OptionalStr
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -10,9 +10,9 @@ from typing import Annotated
 import tyro
 
 from . import fusion
-from .config import OptionalInt, OptionalStr
 from .errors import UserError, one_of, run, validating
 from .metrics import top_k_accuracy
+from .options import OptionalInt, OptionalStr
 
 __all__ = ["FuseConfig", "main"]
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from .config import OptionalStr
 from .errors import UserError, one_of, run, validating
+from .options import OptionalStr
 
 if TYPE_CHECKING:
     from .recognizer import Recognizer

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import tyro
 
 from . import plots
-from .config import OptionalFloat, OptionalInt, OptionalStr, TrainConfig, check_device
+from .config import TrainConfig
 from .errors import UserError, one_of, run
+from .options import OptionalFloat, OptionalInt, OptionalStr, check_device
 
 __all__ = ["LotteryConfig", "main"]
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import tyro
 
 from . import plots
-from .config import OptionalFloat, OptionalStr
 from .errors import UserError, one_of, run, validating
+from .options import OptionalFloat, OptionalStr
 
 if TYPE_CHECKING:
     from .recognizer import Recognizer

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from .config import OptionalFloat, OptionalInt, OptionalStr
 from .errors import UserError, one_of, run
+from .options import OptionalFloat, OptionalInt, OptionalStr
 
 if TYPE_CHECKING:
     import numpy as np

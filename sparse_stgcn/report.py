@@ -11,8 +11,8 @@ from typing import Annotated
 import tyro
 
 from . import plots
-from .config import OptionalStr
 from .errors import UserError, run, validating
+from .options import OptionalStr
 
 __all__ = ["ReportConfig", "main"]
 

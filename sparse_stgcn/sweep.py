@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from .config import OptionalFloat, OptionalInt, OptionalStr
 from .errors import TrainingError, UserError, run, validating
+from .options import OptionalFloat, OptionalInt, OptionalStr
 
 if TYPE_CHECKING:
     from .sweeps.collect import Entry

@@ -13,8 +13,8 @@ from typing import Any
 
 import tyro
 
-from sparse_stgcn.config import OptionalStr
 from sparse_stgcn.errors import one_of, run
+from sparse_stgcn.options import OptionalStr
 
 from .targets import TARGETS
 from .worker import Worker
