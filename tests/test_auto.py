@@ -143,6 +143,15 @@ def test_interrupted_and_resumed_equals_whole(after: int, tmp_path: Path, monkey
     assert before in (None, chosen.read_text())
 
 
+def test_averaged_weights_have_the_chosen_masks(tmp_path: Path) -> None:
+    result, run = finish(tmp_path, budget="20%", ema=0.5)
+    averaged, trained = maskable_convs(run.trainer.network), maskable_convs(run.model)
+    assert run.trainer.network is not run.model
+    for name, conv in trained.items():
+        assert torch.equal(averaged[name].pattern.blocks(), conv.pattern.blocks()), name
+    assert result["auto"]["measured"]["kept"] == summary(run.trainer.network).kept_fraction == summary(run.model).kept_fraction
+
+
 def test_a_choice_before_the_first_step(tmp_path: Path) -> None:
     result, _ = finish(tmp_path, budget="20%", measure_epochs=0, warmup_epochs=0)
     assert {record["stage"] for record in result["history"]} == {"fine-tune"}

@@ -125,8 +125,11 @@ class Automatic(TwoStage):
     def _attach(self, blocks: Mapping[str, int]) -> None:
         layers = self.problem.allocator.costs.layers
         patterns = trial.patterns(layers, np.array([blocks[layer.name] for layer in layers]), self.trainer.config)
-        for name, conv in maskable_convs(self.model).items():
-            conv.attach(patterns[name])
+        # The average is of copies: it has to become compact with the network.
+        average = self.trainer.average
+        for model in (self.model,) if average is None else (self.model, average.module):
+            for name, conv in maskable_convs(model).items():
+                conv.attach(patterns[name])
         self.watch()
 
     def _choose(self) -> dict[str, Any]:
