@@ -125,7 +125,7 @@ class NinjaBuild(build_ext):
         cxx = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or "g++"]
         mac = sys.platform == "darwin"
         link = ["-bundle", "-undefined", "dynamic_lookup"] if mac else ["-shared", "-s"]
-        flags = [*CXX_FLAGS, *self.include_flags()]
+        flags = [*CXX_FLAGS, *self.include_flags(folder)]
         compile_ = ninja_command(*cxx, *flags, "-MMD", "-MF", "$out.d", "-c", "$in", "-o", "$out")
         link_ = ninja_command(*cxx, *link, "$in", "-o", "$out")
         lines = ["rule cxx", f"  command = {compile_}", "  depfile = $out.d", "  deps = gcc"]
@@ -148,9 +148,11 @@ class NinjaBuild(build_ext):
         sources = [ROOT / "csrc" / "cuda" / "bindings.cpp", *kernels]
         return lines + self.module_rules("_cuda", "nvlink", sources, folder)
 
-    def include_flags(self) -> list[str]:
-        python = sysconfig.get_path("include")
-        return [f"-I{ROOT / 'csrc'}", f"-isystem{pybind11.get_include()}", f"-isystem{python}"]
+    def include_flags(self, folder: Path) -> list[str]:
+        # pip has pybind11 at another place at every call, and to ninja another command is another object: minutes of compiling
+        headers = folder / f"pybind11-{pybind11.__version__}"
+        shutil.copytree(pybind11.get_include(), headers, dirs_exist_ok=True)
+        return [f"-I{ROOT / 'csrc'}", f"-isystem{headers}", f"-isystem{sysconfig.get_path('include')}"]
 
     def module_rules(self, name: str, link: str, sources: list[Path], folder: Path) -> list[str]:
         lines, objects = [], []

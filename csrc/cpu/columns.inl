@@ -187,7 +187,7 @@ struct ColumnOutput {
   }
   INLINE void put(int64_t c, int64_t frame, Vec<S> v) const {
     const int64_t at = c * channel + frame * V;
-    for (int r = 0; r < column.runs; r++)
+    NO_UNROLL for (int r = 0; r < column.runs; r++)  // of one run mostly; unrolled, it is half of the module in float64
       if (frame < frames[r]) store_part(to[r] + at, v, column.run[r].part);
   }
 };

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,15 @@ def matches(entry: Entry, wanted: Mapping[str, Any]) -> bool:
 
 
 def recorded(run: Run, entries: Sequence[Entry]) -> Entry | None:
-    """The entry of a run that was finished here or elsewhere, if its options are still those of the grid."""
+    """The entry of a run that was finished here or elsewhere, if its options are still those of the grid.
+
+    What an entry does not name came after it, and did not change what the default is: an older version ran with that.
+    """
     wanted = {key: value for key, value in run.config.to_dict().items()
               if value is not None and key not in (*_LEFT_OUT, "data")}
+    defaults = {field.name: field.default for field in fields(run.config)}
     return next((e for e in entries if e["name"] == run.name and "members" not in e
-                 and all(e["config"].get(key) == value for key, value in wanted.items())), None)
+                 and all(e["config"].get(key, defaults[key]) == value for key, value in wanted.items())), None)
 
 
 def confidence(scores: Scores) -> dict[str, Any]:
