@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .skeleton import Skeleton
+
 if TYPE_CHECKING:
     from .backbones.base import Backbone
     from .pattern_coding import Recipe
@@ -56,6 +58,7 @@ class Recognizer(nn.Module):
         """A new network, dense and freshly initialised, from the ``config`` of another one."""
         from .backbones import create_model
 
+        Skeleton.stored(config["layout"], "the network's configuration")  # the configuration may be a stranger's
         return create_model(config["name"], config["num_classes"], config["layout"], config["in_channels"],
                             **config["kwargs"])
 

@@ -97,6 +97,18 @@ class Skeleton:
                 put(field, self._pairs([value], field)[0])
 
     @classmethod
+    def stored(cls, content: Any, where: str) -> Skeleton:
+        """The skeleton that a file holds: its keys, or a layout's name; never a path, which a stranger may have chosen.
+
+        Raises:
+            ValueError: anything else, or keys that are not a skeleton.
+        """
+        if not isinstance(content, Mapping) and content not in layouts():
+            raise ValueError(f"Expected the layout in {where} to be a mapping or one of {', '.join(layouts())}. "
+                             f"Got {content!r:.80}.")
+        return cls.load(content)
+
+    @classmethod
     def load(cls, source: Skeleton | str | Path | Mapping[str, Any]) -> Skeleton:
         """A skeleton from a layout's name, a YAML or JSON file, or a mapping with the attributes as keys.
 

@@ -284,6 +284,16 @@ def test_other_files_are_refused(tmp_path: Path, what: str) -> None:
         Archive.open(path)
 
 
+def test_an_archive_names_no_layout_elsewhere(tmp_path: Path) -> None:
+    path = Archive.open(npz(tmp_path / "y.npz")).save(tmp_path / "y")
+    meta = json.loads((path / "meta.json").read_text())
+    (tmp_path / "layout.json").write_text(json.dumps(meta["skeleton"]))
+    (path / "meta.json").write_text(json.dumps(meta | {"skeleton": str(tmp_path / "layout.json")}))
+    with pytest.raises(ValueError, match="layout in archive .* to be a mapping or one of"):
+        Archive.open(path)
+    assert len(Archive.open(path, layout=tmp_path / "layout.json").skeleton) == len(meta["skeleton"]["joints"])
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_damaged_npz_never_ends_in_another_error(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from sparse_stgcn import BlockPattern, checkpoint, compact, create_model, sparsify
@@ -165,6 +166,16 @@ def test_refuses_foreign_files(content: bytes, tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match="to be a checkpoint written by"):
         checkpoint.load(path)
+
+
+def test_a_file_names_no_layout_elsewhere(tmp_path: Path) -> None:
+    layout = tmp_path / "layout.yaml"
+    layout.write_text(yaml.safe_dump(tiny.SKELETON.to_dict()))
+    model = tiny.model()
+    model.config["layout"] = str(layout)
+    checkpoint.save(model, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="layout in the network's configuration to be a mapping or one of"):
+        checkpoint.load(tmp_path / "m.safetensors")
 
 
 def test_refuses_safetensors_of_others_and_missing_files(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
+import sparse_stgcn
 from sparse_stgcn.benchmark.memory import StepMemory, peak_memory
+from sparse_stgcn.training import auto_batch
 
 SMALL = {"batch": 2, "persons": 1, "threads": 1}
 
@@ -20,6 +22,18 @@ def test_a_sparse_step_needs_less_memory_than_a_dense_one():
 def test_memory_grows_with_the_batch():
     small, large = (peak_memory(StepMemory(frames=64, **{**SMALL, "batch": batch})) for batch in (2, 8))
     assert large > 2 * small
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read as Linux reports it")
+@pytest.mark.parametrize("backbone, sparsity", [("stgcn", 0.95), ("dgstgcn", 0.0)])
+def test_a_batch_that_is_said_to_fit_does(backbone, sparsity):
+    """--auto-batch counts tensors; what the step really needs is at most that, and not less than half."""
+    model = sparse_stgcn.create_model(backbone, num_classes=60)
+    if sparsity:
+        model = sparse_stgcn.compact(sparse_stgcn.sparsify(model, sparsity, (8, 1)))
+    counted = auto_batch.step_memory(model, (2, 64, 25, 3))
+    needed = peak_memory(StepMemory(backbone, sparsity, frames=64, batch=4, threads=1))
+    assert needed <= 1.05 * (counted.fixed + 4 * counted.each) and needed >= 0.5 * (counted.fixed + 4 * counted.each)
 
 
 def test_errors():

@@ -102,6 +102,17 @@ def test_a_list_reads_nothing_above_its_folder(tmp_path: Path, name: str) -> Non
         ArraysSource(tmp_path / "in" / "set.json").record(0)
 
 
+@pytest.mark.parametrize("name", ["../layout.yaml", "{above}/layout.yaml", "/etc/passwd"])
+def test_a_list_takes_no_layout_from_above_its_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "layout.yaml").write_text(yaml.safe_dump(LAYOUT))
+    (tmp_path / "in").mkdir()
+    content = {"layout": name.format(above=tmp_path), "sequences": [{"keypoint": sequence(0).tolist(), "label": 0}]}
+    (tmp_path / "in" / "set.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="Expected layout in .* below its folder"):
+        ArraysSource(tmp_path / "in" / "set.json")
+    ArraysSource(tmp_path / "in" / "set.json", layout=tmp_path / "layout.yaml")  # of the one who calls, from anywhere
+
+
 def test_third_channel_as_score(tmp_path: Path) -> None:
     tree(tmp_path / "mine")
     a = write_archive(ArraysSource(tmp_path / "mine", LAYOUT, score_channel=True), tmp_path / "out")

@@ -289,7 +289,7 @@ def _assemble(
         elif len(value) == count:
             fields[key.removeprefix("field_")] = value
     if layout is None and "skeleton" in meta:
-        layout = meta["skeleton"]
+        layout = Skeleton.stored(meta["skeleton"], f"archive '{path}'")
     elif layout is None:
         layout = _layout_of(path, arrays)
     names = arrays.get("label_names", np.array(meta.get("label_names", []), dtype=str))

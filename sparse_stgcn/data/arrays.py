@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..skeleton import Skeleton
+from ..skeleton import Skeleton, layouts
 from .source import Record, Source
 from .storage import DAMAGED, one_line
 
@@ -120,13 +120,13 @@ class ArraysSource(Source):
         return value.shape[1], value.shape[3], value.dtype.str if value.dtype.kind == "f" else "<f4"
 
     def _layout(self, content: Mapping[str, Any]) -> Any:
-        """The layout that the JSON file names (a file beside it, too), or layout.yaml or layout.json in the folder."""
+        """The layout that the JSON file names or has, or layout.yaml or layout.json in the folder."""
         layout = content.get("layout")
         if self.path.is_dir():
             return next((file for file in sorted(self.path.glob("layout.*")) if file.suffix in (".yaml", ".json")), None)
-        if isinstance(layout, str) and (self.path.parent / layout).is_file():
-            return self.path.parent / layout
-        return layout
+        if layout is None or isinstance(layout, dict) or layout in layouts():
+            return layout
+        return self._below(str(layout), "layout")
 
     def _label(self, entry: Mapping[str, Any], index: int) -> int:
         label = entry.get("label")
@@ -178,10 +178,13 @@ class ArraysSource(Source):
         return content
 
     def _file(self, entry: Mapping[str, Any]) -> Path:
-        name = os.path.normpath(str(entry["file"]))
-        # A list of sequences from a stranger must not make us read whatever else lies on this machine.
+        return self._below(str(entry["file"]), "file of each sequence")
+
+    def _below(self, name: str, what: str) -> Path:
+        """A file that the list names. One from a stranger must not make us read whatever else lies on this machine."""
+        name = os.path.normpath(name)
         if os.path.isabs(name) or name.split(os.sep)[0] == os.pardir or "\0" in name:
-            raise UserError(f"Expected file of each sequence in '{self.path}' to be a path below its folder. Got {name!r:.80}; "
+            raise UserError(f"Expected {what} in '{self.path}' to be a path below its folder. Got {name!r:.80}; "
                             "move the list above its files.")
         return (self.path if self.path.is_dir() else self.path.parent) / name
 
