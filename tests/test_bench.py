@@ -78,7 +78,8 @@ def test_rows_of_a_comparison():
 
 
 @native
-@pytest.mark.parametrize("backbone", ["stgcn", "aagcn", "ctrgcn", "dgstgcn"])
+@pytest.mark.parametrize("backbone", ["stgcn", *(pytest.param(name, marks=pytest.mark.slow)
+                                                 for name in ("aagcn", "ctrgcn", "dgstgcn"))])
 def test_networks_small(backbone):
     setting = Setting(backbone, batch=2, threads=1, persons=1, frames=16, classes=5, width=16)
     before = torch.get_num_threads()

@@ -25,7 +25,7 @@ def test_memory_grows_with_the_batch():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read as Linux reports it")
-@pytest.mark.parametrize("backbone, sparsity", [("stgcn", 0.95), ("dgstgcn", 0.0)])
+@pytest.mark.parametrize("backbone, sparsity", [("stgcn", 0.95), pytest.param("dgstgcn", 0.0, marks=pytest.mark.slow)])
 def test_a_batch_that_is_said_to_fit_does(backbone, sparsity):
     """--auto-batch counts tensors; what the step really needs is at most that, and not less than half."""
     model = sparse_stgcn.create_model(backbone, num_classes=60)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import signal
 import sys
 import threading
 import time
@@ -41,6 +42,12 @@ for epoch in range(done, 4):
 history = [json.loads(line) for line in log.read_text().splitlines()]
 (folder / "result.json").write_text(json.dumps({"test": {"top1": 0.5}, "history": history}))
 """
+
+
+@pytest.fixture(autouse=True)
+def _interrupts_arrive() -> None:
+    """In a background job of a shell SIGINT is ignored, and processes started from there would ignore it, too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def grid(path: Path, **content) -> Grid:

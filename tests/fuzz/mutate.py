@@ -111,7 +111,7 @@ def _safetensors(data: bytes, rng: random.Random, other: bytes) -> bytes:
     size = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8:8 + size])
     metadata = header.get("__metadata__", {})
-    inner = [key for key, value in metadata.items() if value[:1] == "{"]
+    inner = [key for key, value in metadata.items() if value[:1] == "{"] if isinstance(metadata, dict) else []
     if inner and rng.random() < 0.7:
         key = rng.choice(inner)
         metadata[key] = json.dumps(_value(json.loads(metadata[key]), rng))
