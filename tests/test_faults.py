@@ -48,6 +48,7 @@ def test_a_full_disk_keeps_the_state_before_it(outcome: dict) -> None:
     assert full["equal"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_of_torchrun_is_named_and_the_job_restarts(tmp_path: Path) -> None:
     done = faults.rank_killed(tmp_path, restarts=3)  # gloo may fail to connect at once after a restart
     assert done["killed"] == 1

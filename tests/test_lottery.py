@@ -197,7 +197,8 @@ def test_the_command_skips_what_is_done_and_adds_what_is_new(dense: Path, tmp_pa
     assert json.loads((tmp_path / "out" / "lottery.json").read_text()) == both
 
 
-@pytest.mark.parametrize("method", ["scores", "magnitude", "iterative"])
+@pytest.mark.parametrize("method", ["scores", pytest.param("magnitude", marks=pytest.mark.slow),
+                                    pytest.param("iterative", marks=pytest.mark.slow)])
 def test_an_interrupted_point_goes_on_and_gives_the_same(dense: Path, tmp_path: Path, method: str) -> None:
     asked = ([method], ["random"], [0.5, 0.8], [1])
     options = {"epochs": 2, "recipe": Recipe(rewind_epoch=1)}
