@@ -38,8 +38,8 @@ def test_any_number_of_persons(persons):
     assert_same(network(0.8, num_person=persons), keypoint(2, 20, persons=persons))
 
 
+@pytest.mark.parametrize("sparsity", [0.8, pytest.param(0.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kwargs", [{"temporal": "mixed"}, {"num_subsets": 5}, {"num_subsets": 9}, {"base_channels": 20}],
                          ids=["mixed", "5-subsets", "9-subsets", "20-channels"])
-def test_other_forms_of_the_network(kwargs):
-    for sparsity in (0.0, 0.8) if "temporal" in kwargs else (0.8,):
-        assert_same(network(sparsity, graph="random" if "num_subsets" in kwargs else "spatial", **kwargs), keypoint(2, 21))
+def test_other_forms_of_the_network(kwargs, sparsity):
+    assert_same(network(sparsity, graph="random" if "num_subsets" in kwargs else "spatial", **kwargs), keypoint(2, 21))

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +46,11 @@ history = [json.loads(line) for line in log.read_text().splitlines()]
 
 
 @pytest.fixture(autouse=True)
-def _interrupts_arrive() -> None:
+def _interrupts_arrive() -> Iterator[None]:
     """In a background job of a shell SIGINT is ignored, and processes started from there would ignore it, too."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def grid(path: Path, **content) -> Grid:
