@@ -18,7 +18,7 @@ from .benchmark.networks import Pattern, Setting
 from .benchmark.table import Row, markdown, pivot
 from .errors import UserError, one_of, run, validating
 
-WHAT = ("ops", "inference", "training", "warmup", "scaling", "predict")
+WHAT = ("ops", "inference", "ensemble", "training", "warmup", "scaling", "predict")
 TRITON_COUNT = "triton-count"
 
 
@@ -32,10 +32,10 @@ class BenchConfig:
     """
 
     what: tuple[str, ...] = WHAT
-    """Which parts: ops, inference, training (a step on live blocks), warmup (a dense step with the group lasso),
-    scaling (how the cost grows with N, M, T and the live blocks), predict (a user's wait: start, one call, streams). Or
-    triton-count alone: compile the Triton kernels for three GPU architectures and count what their code is made of; no GPU is
-    needed and nothing is measured."""
+    """Which parts: ops, inference, ensemble (all sparse levels of the first block in one call), training (a step on live
+    blocks), warmup (a dense step with the group lasso), scaling (how the cost grows with N, M, T and the live blocks), predict
+    (a user's wait: start, one call, streams). Or triton-count alone: compile the Triton kernels for three GPU architectures
+    and count what their code is made of; no GPU is needed and nothing is measured."""
     backbones: tuple[str, ...] = tuple(backbones.BACKBONES)
     levels: tuple[float, ...] = (0.0, 0.6, 0.8, 0.95, 0.99)
     """Sparsities of the maskable weights; 0 is this package's own dense network."""
@@ -114,6 +114,9 @@ def parts(config: BenchConfig) -> Iterator[tuple[int, Callable[[], list[Row]]]]:
                 here = Setting(backbone, batch, threads, *sizes)
                 yield threads, partial(networks.inference, here, patterns, rounds, config.compile)
             here = Setting(backbone, first, threads, *sizes)
+            together = [p for p in uniform if p.block == config.blocks[0] and p.sparsity > 0]
+            if "ensemble" in config.what and together:
+                yield threads, partial(networks.ensemble, here, together, rounds, config.compile)
             if "training" in config.what:
                 yield threads, partial(networks.training, here, patterns, rounds, config.compile)
             if "warmup" in config.what:

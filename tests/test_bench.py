@@ -10,7 +10,7 @@ import torch
 from sparse_stgcn import bench
 from sparse_stgcn.benchmark import prediction, suite
 from sparse_stgcn.benchmark.measure import WrongResult
-from sparse_stgcn.benchmark.networks import Pattern, Setting, inference, training, warmup
+from sparse_stgcn.benchmark.networks import Pattern, Setting, ensemble, inference, training, warmup
 from sparse_stgcn.benchmark.peers import candidate
 from sparse_stgcn.benchmark.suite import Entrant
 from sparse_stgcn.benchmark.table import OURS, Row, break_even, markdown, pivot
@@ -89,11 +89,14 @@ def test_networks_small(backbone):
         rows = inference(setting, patterns, rounds=1, compile=False)
         steps = training(setting, patterns[1:2], rounds=1, compile=False, memory=False)
         dense = warmup(setting, patterns[1], rounds=1, compile=False)
+        together = ensemble(setting, [Pattern(0.0), Pattern(0.8), Pattern(0.95)], rounds=1, compile=False)
     finally:
         torch.set_num_threads(before)
     assert {"torch", "torch channels_last", OURS} <= {r.name for r in rows}
     assert [r.density for r in rows if r.name == OURS] == ["uniform", "uniform", "erk"]
     assert {r.what for r in steps + dense} == {"training step", "warm-up step"}
+    assert {r.what for r in together} == {"ensemble of 2"}
+    assert [r.sparsity for r in together if r.name == OURS] == [pytest.approx(1 - 0.25, abs=0.02)]
 
 
 @native

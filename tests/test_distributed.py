@@ -6,20 +6,24 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from sparse_stgcn import compact
 from sparse_stgcn.config import TrainConfig, parse
-from sparse_stgcn.errors import UserError
+from sparse_stgcn.errors import TrainingError, UserError
 from sparse_stgcn.train import continued
 from sparse_stgcn.training.batches import Batches
-from sparse_stgcn.training.distributed import World, traffic
+from sparse_stgcn.training.distributed import World, meet, traffic
 
 ROOT = Path(__file__).resolve().parent.parent
 EPS = torch.finfo(torch.float64).eps
@@ -145,3 +149,32 @@ def test_a_process_that_is_started_again_finds_its_run(tmp_path: Path, monkeypat
         continued(parse(["--sparsity", "0.8", "--epochs", "5", "--work-dir", str(work_dir)]))
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
     assert continued(asked) is asked
+
+
+def meeting(store: dist.Store, delays: list[float]) -> list[str]:
+    """What ``meet`` gives to each of some threads that begin after their delays, in seconds."""
+
+    def come(rank: int) -> str:
+        time.sleep(delays[rank])
+        return meet(store, rank, len(delays), timedelta(seconds=20))
+
+    with ThreadPoolExecutor(len(delays)) as pool:
+        return list(pool.map(come, range(len(delays))))
+
+
+@pytest.mark.parametrize("delays", [[0, 0, 0], [0.3, 0, 0.1], [0, 0.2, 0.4]])
+def test_processes_that_start_again_do_not_take_the_dead_for_the_living(delays: list[float]) -> None:
+    store, before = dist.HashStore(), set()
+    for _ in range(4):  # in the same store, as torchrun does it
+        names = meeting(store, delays)
+        assert len(set(names)) == 1
+        assert names[0] not in before
+        before.add(names[0])
+
+
+def test_a_start_that_was_cut_off_leaves_nothing_that_misleads_the_next_one() -> None:
+    store = dist.HashStore()
+    for alone in (1, 0):  # process 1 found nobody, then process 0 did not
+        with pytest.raises(TrainingError, match=f"2 processes to meet .* of process {1 - alone} in process {alone};"):
+            meet(store, alone, 2, timedelta(seconds=0.2))
+    assert len(set(meeting(store, [0, 0.2]))) == 1

@@ -50,12 +50,12 @@ def test_a_full_disk_keeps_the_state_before_it(outcome: dict) -> None:
 
 @pytest.mark.slow
 def test_a_killed_process_of_torchrun_is_named_and_the_job_restarts(tmp_path: Path) -> None:
-    done = faults.rank_killed(tmp_path, restarts=3)  # gloo may fail to connect at once after a restart
+    done = faults.rank_killed(tmp_path, restarts=1)
     assert done["killed"] == 1
     assert done["code"] == 0, done["said"][-2000:]
     assert "lost connection in process 0: another one has ended" in " ".join(done["said"].split())
     assert "resume    resume.safetensors" in done["said"]
     assert done["unreadable"] == []
-    result = json.loads((tmp_path / "restarts3" / "result.json").read_text())
+    result = json.loads((tmp_path / "restarts1" / "result.json").read_text())
     assert [record["epoch"] for record in result["history"]] == list(range(6))
     assert result["environment"]["processes"] == 2

@@ -10,27 +10,29 @@ import sparse_stgcn
 from sparse_stgcn import runtime
 from sparse_stgcn.kernels import _native
 from sparse_stgcn.runtime import choice
+from sparse_stgcn.sparsity import maskable_convs
 
 pytestmark = pytest.mark.skipif(_native.module is None, reason="the native module is not built")
 
 
-def network(name: str = "stgcn", sparsity: float = 0.0):
+def network(name: str = "stgcn", sparsity: float = 0.0, block: str = "8x1", channels: int = 16):
     torch.manual_seed(0)
-    model = sparse_stgcn.create_model(name, num_classes=7, base_channels=16)
+    model = sparse_stgcn.create_model(name, num_classes=7, base_channels=channels)
     for module in model.modules():
         if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
             module.running_mean.normal_(0, 0.1), module.running_var.uniform_(0.5, 1.5)
             module.weight.data.uniform_(0.7, 1.3), module.bias.data.normal_(0, 0.1)
-    return sparse_stgcn.compact(sparse_stgcn.sparsify(model, sparsity, "8x1")) if sparsity else model
+    return sparse_stgcn.compact(sparse_stgcn.sparsify(model, sparsity, block)) if sparsity else model
 
 
 X = torch.randn(2, 2, 12, 25, 3, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("block", ["1x1", "8x1"])
 @pytest.mark.parametrize("name", ["stgcn", "aagcn"])
 @pytest.mark.parametrize("engine", choice.ENGINES)
-def test_every_engine_is_the_network(name, engine):
-    model = network(name, 0.3)
+def test_every_engine_is_the_network(name, engine, block):
+    model = network(name, 0.3, block)
     with torch.inference_mode():
         want = sparse_stgcn.densify(copy.deepcopy(model)).double().eval()(X.double())
     fast = runtime.optimize(model, X, engine=engine)
@@ -48,7 +50,7 @@ def test_a_dense_network_is_measured_once_a_clip_length(monkeypatch):
     monkeypatch.setattr(runtime.recognizer, "fastest", fastest)
     fast = runtime.optimize(network())
     fast(X), fast(X), fast(X[:, :, :8])
-    assert calls == [list(choice.ENGINES)] * 2
+    assert calls == [["fused", "torch", "torch channels_last"]] * 2
     assert fast.choice == {12: "torch channels_last", 8: "torch channels_last"}
 
 
@@ -65,6 +67,26 @@ def test_a_sparse_network_runs_its_program_unmeasured(monkeypatch):
     model = network(sparsity=0.6)
     assert choice.density(model) == pytest.approx(0.4, abs=0.01)
     assert runtime.optimize(model, X).choice == {12: "fused"}
+
+
+@pytest.mark.parametrize(("sparsity", "block", "names"), [
+    (0.3, "1x1", choice.ENGINES), (0.6, "1x1", ("fused", "fused in 8x1")), (0.6, "4x1", ("fused", "fused in 8x1")),
+    (0.8, "1x1", ("fused",)), (0.6, "8x1", ("fused",)), (0.6, "16x16", ("fused",))])
+def test_what_can_be_the_fastest_is_measured(sparsity, block, names):
+    assert choice.candidates(network("stgcn", sparsity, block)) == names
+
+
+@pytest.mark.parametrize("channels", [16, 20])  # 20: the last block of 8 outputs is ragged
+def test_wide_blocks_cover_what_was_kept(channels):
+    model = network("ctrgcn", 0.6, "1x1", channels)
+    before, after = (maskable_convs(m) for m in (model, choice.widened(model)))
+    blocks = set()
+    for name, conv in before.items():
+        assert torch.equal(after[name].weight_oik(), conv.weight_oik())
+        assert after[name].pattern.density < 1 or conv.pattern.density > 0.3
+        blocks.add(after[name].pattern.block)
+    assert (8, 1) in blocks
+    assert all(conv.pattern.block == (1, 1) for conv in before.values())
 
 
 def test_unknown_engines_are_refused():

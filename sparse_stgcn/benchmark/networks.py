@@ -14,7 +14,7 @@ from .. import macs, sparsity
 from ..backbones import create_model
 from ..backbones.base import Block
 from ..kernels.dispatch import forced_backend
-from ..recognizer import Recognizer
+from ..recognizer import Ensemble, Recognizer, mean_probability
 from ..runtime import optimize
 from ..training.generator import TwoStage
 from ..training.memory import keep_freed_memory
@@ -85,6 +85,26 @@ def inference(setting: Setting, patterns: list[Pattern], rounds: int, compile: b
         entrants.append(Entrant(candidate(pattern.label, _inference(fast, x)), _later(_logits, model, x), kept, traffic,
                                 pattern.sparsity, pattern.block, pattern.density))
     return compare("inference", setting.backbone, setting.batch, setting.threads, entrants, rounds, TOLERANCE)
+
+
+def ensemble(setting: Setting, patterns: list[Pattern], rounds: int, compile: bool = True) -> list[Row]:
+    """Mean probabilities of the sparse ``patterns`` as one call of ``optimize(Ensemble(...))``, against ONE dense network.
+
+    The row's sparsity is 1 - (what all members together keep) / (the maskable weights of one network), and may be negative.
+    """
+    x, dense = setting.example(), setting.network().eval()
+    work, traffic = _work(dense, setting)
+    logits = _logits(dense, x)
+    entrants = [Entrant(engine, lambda: logits, work[0], traffic)
+                for engine in dense_engines(copy.deepcopy(dense), x, setting.threads, compile)]
+    sparse = [pattern for pattern in patterns if pattern.sparsity > 0]
+    members = [sparse_network(dense, pattern).eval() for pattern in sparse]
+    kept = round(1 - sum(sparsity.summary(member).kept_fraction for member in members), 4)
+    entrants.append(Entrant(candidate("ours", _inference(optimize(Ensemble(members)), x)),
+                            lambda: mean_probability([_logits(member, x) for member in members]),
+                            sum(_work(member, setting)[0][1] for member in members), len(members) * traffic, kept,
+                            sparse[0].block, sparse[0].density))
+    return compare(f"ensemble of {len(members)}", setting.backbone, setting.batch, setting.threads, entrants, rounds, TOLERANCE)
 
 
 def training(setting: Setting, patterns: list[Pattern], rounds: int, compile: bool = True, memory: bool = True) -> list[Row]:

@@ -25,9 +25,11 @@ def optimize(model: Recognizer | Ensemble, example: Tensor | None = None, engine
     Of an Ensemble all members run as one call, which looks for absent persons once and spreads the persons of all members
     over the threads; the result is its probabilities.
 
-    Above a density of 0.5 the first call for a clip length times the program and torch's dense network, batch norms folded
-    where they follow a convolution, on that batch, and keeps the faster one; ``optimize(model).choice`` says which. At lower
-    densities nothing is measured. ``engine`` "fused", "torch" or "torch channels_last" decides without measuring.
+    Where another way can be faster, the first call for a clip length times each on that batch and keeps the fastest one;
+    ``optimize(model).choice`` says which: above a density of 0.5 torch's dense network, batch norms folded where they follow
+    a convolution; where layers of more than a quarter of their weights have blocks of fewer than 8 outputs, those layers in
+    the (8, 1) blocks that cover theirs, "fused in 8x1". Else nothing is measured. ``engine`` "fused", "fused in 8x1", "torch"
+    or "torch channels_last" decides without measuring.
 
     Networks without a fused program, other devices and other dtypes run as they are, in eval mode.
 

@@ -6,14 +6,17 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import BlockPattern
 from ..layers import SparseConv2d, TemporalUnit
 from ..recognizer import Recognizer
 from ..sparsity import densify, maskable_convs
 
-ENGINES = ("fused", "torch", "torch channels_last")
+ENGINES = ("fused", "fused in 8x1", "torch", "torch channels_last")
 MEASURED_ABOVE = 0.5  # density; with fewer live weights the program does less than half of the dense work
+WIDENED_ABOVE = 0.25  # density; single weights cost about three times as much each as those of 8x1, and 8 of them fill a block
 _ROUNDS = 3
 
 
@@ -22,6 +25,25 @@ def density(model: nn.Module) -> float:
     convs = maskable_convs(model).values()
     live = sum((conv.weight if conv.values is None else conv.values).numel() for conv in convs)
     return live / sum(out * inputs * taps for out, inputs, taps in (conv.shape_oik for conv in convs))
+
+
+def candidates(model: nn.Module) -> tuple[str, ...]:
+    """The engines that can be the fastest one for a model, the program first."""
+    return (ENGINES[0], *ENGINES[1:2][:any(map(_widens, maskable_convs(model).values()))],
+            *ENGINES[2:][:2 * (density(model) > MEASURED_ABOVE)])
+
+
+@torch.no_grad()
+def widened(model: Recognizer) -> Recognizer:
+    """A copy in which convolutions of more than ``WIDENED_ABOVE`` of their weights, in blocks of fewer than 8 outputs, have
+    the blocks (8, 1) that cover theirs, with zeros inside: the same function."""
+    made = copy.deepcopy(model)
+    for conv in filter(_widens, maskable_convs(made).values()):
+        weight = conv.weight_oik()
+        rows = F.pad(conv.pattern.mask(), (0, 0, 0, 0, 0, -len(weight) % 8))  # True where a weight is kept
+        conv.pattern = BlockPattern.from_blocks(rows.unflatten(0, (-1, 8)).any(1), conv.shape_oik, (8, 1))
+        conv.values = nn.Parameter(conv.pattern.gather(weight), requires_grad=False)
+    return made
 
 
 def dense(model: Recognizer, engine: str) -> Recognizer:
@@ -56,3 +78,8 @@ def _fold(conv: SparseConv2d, norm: nn.BatchNorm2d) -> None:
     shift = norm.bias - norm.running_mean * gain
     conv.weight.mul_(gain[:, None, None, None])
     conv.bias = nn.Parameter(shift if conv.bias is None else shift + conv.bias * gain, requires_grad=False)
+
+
+def _widens(conv: SparseConv2d) -> bool:
+    return conv.values is not None and conv.pattern is not None and conv.pattern.block[0] < 8 and conv.shape_oik[0] >= 8 \
+        and conv.pattern.density > WIDENED_ABOVE

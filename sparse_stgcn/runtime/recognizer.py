@@ -14,7 +14,7 @@ from ..backbones.stgcn import STGCN
 from ..kernels import _native
 from ..recognizer import Ensemble, Head, Recognizer, mean_probability
 from .aagcn import AAGCNProgram
-from .choice import ENGINES, MEASURED_ABOVE, dense, density, fastest
+from .choice import ENGINES, candidates, dense, fastest, widened
 from .columns import ColumnProgram, takes_columns
 from .ctrgcn import CTRGCNProgram
 from .dgstgcn import DGSTGCNProgram
@@ -34,9 +34,10 @@ class FusedRecognizer(nn.Module):
     """A Recognizer made ready for inference on the CPU; made by ``optimize``.
 
     Attributes:
-        engine: "fused" runs the compiled program, "torch" and "torch channels_last" the dense network in torch; "fastest"
-            takes, at the first call for a clip length, the one that is measured to be the fastest on that batch. At
-            densities of 0.5 and below that is the program, and nothing is measured.
+        engine: "fused" runs the compiled program, "fused in 8x1" one in which well-filled layers of smaller blocks run in
+            blocks of 8 outputs, "torch" and "torch channels_last" the dense network in torch; "fastest" takes, at the first
+            call for a clip length, the one that is measured to be the fastest on that batch, of those that can be
+            (``choice.candidates``).
         choice: the engine that was taken, by clip length.
     """
 
@@ -63,15 +64,19 @@ class FusedRecognizer(nn.Module):
             raise TypeError(f"Expected keypoint to be float32 on the CPU. Got {keypoint.dtype} on {keypoint.device}.")
         frames = keypoint.shape[2]
         if frames not in self.choice:
-            names = [self.engine] if self.engine in ENGINES else ENGINES[:1 if density(self.model) <= MEASURED_ABOVE else None]
+            names = [self.engine] if self.engine in ENGINES else candidates(self.model)
             made = [(name, self._make(name, frames)) for name in names]
-            calls = [(name, engine if name != "fused" else self._call(engine)) for name, engine in made]
+            calls = [(name, engine if name.startswith("torch") else self._call(engine)) for name, engine in made]
             name = names[0] if len(names) == 1 else fastest(calls, keypoint)
-            self.choice[frames], (self._dense if name != "fused" else self._programs)[frames] = name, dict(made)[name]
+            (self._dense if name.startswith("torch") else self._programs)[frames] = dict(made)[name]
+            self.choice[frames] = name
         return self._programs.get(frames)
 
     def _make(self, name: str, frames: int) -> Any:
-        return dense(self.model, name) if name != "fused" else _program(self.model)(self.model, frames).build()
+        if name.startswith("torch"):
+            return dense(self.model, name)
+        model = widened(self.model) if name == "fused in 8x1" else self.model
+        return _program(model)(model, frames).build()
 
     def _call(self, program: Any) -> Callable[[Tensor], Tensor]:
         return lambda keypoint: run([(program, self.model.cls_head)], keypoint)[0]

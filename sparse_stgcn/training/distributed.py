@@ -6,8 +6,13 @@ averaged by ``torch.nn.parallel.DistributedDataParallel``; that is nearly all th
 """
 from __future__ import annotations
 
+import atexit
+import gc
 import inspect
+import json
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import TrainingError, UserError
 
-__all__ = ["Traffic", "World", "launched", "traffic"]
+__all__ = ["Traffic", "World", "launched", "meet", "traffic"]
 
+MEETING = timedelta(minutes=5)  # that a process may start later than the others
 TIMEOUT = timedelta(minutes=30)  # that a process may be behind the others: loading data takes long on the first machine
 # What gloo and NCCL say when the other end of a connection is gone.
 _LOST = ("connection closed", "connection reset", "broken pipe", "socket", "timed out", "timeout", "nccl", "remote process")
@@ -57,6 +63,7 @@ class World:
 
         Raises:
             UserError: a machine has fewer GPUs than processes, or ``device`` names one GPU for all of them.
+            TrainingError: some of the processes did not come within ``MEETING``.
         """
         if not launched():
             return cls()
@@ -73,12 +80,16 @@ class World:
         if not dist.is_initialized():
             if on_gpu:
                 torch.cuda.set_device(local_rank)
-            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+            store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=TIMEOUT))
+            dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.PrefixStore(meet(store, rank, size), store),
+                                    rank=rank, world_size=size, timeout=TIMEOUT)
+            if not on_gpu:
+                atexit.register(part)
         return cls(rank, size, local_rank, local_size)
 
     def leave(self) -> None:
         """Part from the others after the work is done."""
-        if self.size > 1:
+        if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
     @property
@@ -164,6 +175,52 @@ class World:
 
     def _device(self) -> torch.device:
         return torch.device("cuda", self.local_rank) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def part() -> None:
+    """Let gloo's threads end before the interpreter does: one that puts down its last tensor after that aborts the process.
+
+    They end with the last reference to the group, which a wrapped network holds too; at exit only cycles still hold one.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()
+
+
+def meet(store: dist.Store, rank: int, size: int, limit: timedelta = MEETING) -> str:
+    """A name for this start of the processes, the same in all of them and never used before in ``store``.
+
+    torchrun keeps one store for all its restarts, so a process would find what the processes before the restart had written,
+    and wait at the addresses of the dead (pytorch issue 135712). The count of restarts does not tell two starts apart: every
+    machine has its own. Here each process leaves a word of its own; process 0 hands round a name with the words that it
+    found, again and again, until each process has found its word beside the name and has said so.
+
+    Args:
+        store: that all processes see; what earlier processes have left in it does no harm.
+        rank, size: as in ``World``.
+        limit: of waiting for the others.
+
+    Raises:
+        TrainingError: the processes that did not come.
+    """
+    word, deadline, missing = uuid.uuid4().hex, time.monotonic() + limit.total_seconds(), [0]
+    store.set(f"word/{rank}", word)
+    while time.monotonic() < deadline:
+        if rank == 0:
+            words = [store.get(f"word/{other}").decode() if store.check([f"word/{other}"]) else "" for other in range(size)]
+            store.set("start", json.dumps([word, words]))
+            missing = [other for other in range(1, size) if not store.check([f"here/{word}/{other}"])]
+            if not missing:
+                return word
+        elif store.check(["start"]):
+            name, words = json.loads(store.get("start"))
+            if words[rank:rank + 1] == [word]:
+                store.set(f"here/{name}/{rank}", "")
+                return name
+        time.sleep(0.05)
+    raise TrainingError(f"Expected {size} processes to meet within {limit.total_seconds():.0f} s. Got no sign of "
+                        f"{'process' if len(missing) == 1 else 'processes'} {', '.join(map(str, missing))} in process {rank}; "
+                        "see what they say, and whether MASTER_ADDR can be reached from each machine.")
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ class Step:
                 objective.backward()
             loss_sum += float(loss.detach()) * len(label)
             hits += int((logits.argmax(1) == label).sum())
+            del logits, loss, objective  # the small pieces of a dead graph lie between the holes that the next one needs
         self.optimizer.step()
         if self.config.lasso_step == "proximal":
             # Momentum makes a constant gradient count 1 / (1 - momentum) times; so does the penalty then.
