@@ -58,6 +58,24 @@ def test_optimize_runs_the_members_as_one_call(names, monkeypatch):
 
 
 @pytest.mark.skipif(_native.module is None, reason="the native module is not built")
+@pytest.mark.parametrize("names", [("stgcn", "stgcn", "stgcn"), ("stgcn", "ctrgcn")])
+@pytest.mark.parametrize(("batch", "persons"), [(1, 1), (1, 2), (3, 1), (5, 2)])
+def test_threads_that_share_members_and_persons_change_no_bit(names, batch, persons):
+    kinds = {"ctrgcn": {"num_person": persons}}
+    fast = runtime.optimize(sparse_stgcn.Ensemble([member(i, 0.8, name, **kinds.get(name, {})) for i, name in enumerate(names)]))
+    x = torch.randn(batch, persons, 20, 25, 3, generator=torch.Generator().manual_seed(1))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            results.append(fast(x))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    assert torch.equal(results[0], torch.cat([fast(sample[None]) for sample in x]))
+
+
+@pytest.mark.skipif(_native.module is None, reason="the native module is not built")
 def test_a_member_may_run_in_torch():
     ensemble = sparse_stgcn.Ensemble([member(0), member(1), member(2)])
     fast, x = runtime.optimize(ensemble), keypoint()

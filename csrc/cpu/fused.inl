@@ -254,7 +254,7 @@ inline thread_local Scratch shared_arena;
 
 // x (batch, persons, T, V, C) with strides, read by `count` networks; features[i] (batch * persons, nets[i]->features).
 // The features of an absent person are a constant of the network: nets[i]->absent, where it is known, is copied. A task is one
-// person in one network; with fewer tasks than threads, they share the steps of a task.
+// person in one network; with fewer persons than threads, they share the steps of a task.
 inline void fused_run(const FusedNetwork* const* nets, int64_t count, int64_t batch, int64_t persons, const float* x,
                       const int64_t stride[5], float* const* features, int threads) {
   const int64_t total = batch * persons;
@@ -273,14 +273,18 @@ inline void fused_run(const FusedNetwork* const* nets, int64_t count, int64_t ba
     else todo[present++] = i;
   }
   auto run = [&](int64_t task, Scratch& scratch, int share) {
-    const FusedNetwork& net = *nets[task / present];
-    const int64_t i = todo[task % present];
+    const FusedNetwork& net = *nets[task % count];
+    const int64_t i = todo[task / count];
     scratch.reserve(Scratch::room<float>(net.arena));
-    fused_person(net, person(i), stride + 2, i % persons, scratch.take<float>(net.arena), features[task / present] + i * net.features, share);
+    fused_person(net, person(i), stride + 2, i % persons, scratch.take<float>(net.arena), features[task % count] + i * net.features, share);
   };
   const int64_t tasks = present * count;
-  if (tasks < threads)
+  if (present < threads)
     for (int64_t task = 0; task < tasks; task++) run(task, shared_arena, threads);
-  else
-    parallel(tasks, threads, [&](int64_t task) { run(task, task_scratch, 1); });
+  else  // tasks in the order of persons, so that every thread has as much of each network; its share network by network
+    parallel(threads, threads, [&](int64_t part) {
+      const int64_t begin = tasks * part / threads, end = tasks * (part + 1) / threads;
+      for (int64_t n = 0; n < count; n++)
+        for (int64_t task = begin + (n + count - begin % count) % count; task < end; task += count) run(task, task_scratch, 1);
+    });
 }

@@ -99,7 +99,7 @@ def ensemble(setting: Setting, patterns: list[Pattern], rounds: int, compile: bo
                 for engine in dense_engines(copy.deepcopy(dense), x, setting.threads, compile)]
     sparse = [pattern for pattern in patterns if pattern.sparsity > 0]
     members = [sparse_network(dense, pattern).eval() for pattern in sparse]
-    kept = round(1 - sum(sparsity.summary(member).kept_fraction for member in members), 4)
+    kept = round(1 - sum(sparsity.summary(member).kept_fraction for member in members), 2)
     entrants.append(Entrant(candidate("ours", _inference(optimize(Ensemble(members)), x)),
                             lambda: mean_probability([_logits(member, x) for member in members]),
                             sum(_work(member, setting)[0][1] for member in members), len(members) * traffic, kept,
