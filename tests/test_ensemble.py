@@ -61,8 +61,9 @@ def test_optimize_runs_the_members_as_one_call(names, monkeypatch):
 @pytest.mark.parametrize("names", [("stgcn", "stgcn", "stgcn"), ("stgcn", "ctrgcn")])
 @pytest.mark.parametrize(("batch", "persons"), [(1, 1), (1, 2), (3, 1), (5, 2)])
 def test_threads_that_share_members_and_persons_change_no_bit(names, batch, persons):
-    kinds = {"ctrgcn": {"num_person": persons}}
-    fast = runtime.optimize(sparse_stgcn.Ensemble([member(i, 0.8, name, **kinds.get(name, {})) for i, name in enumerate(names)]))
+    kinds = {"stgcn": {}, "ctrgcn": {"num_person": persons}}
+    members = [member(seed, 0.8, name, **kinds[name]) for seed, name in enumerate(names)]
+    fast = runtime.optimize(sparse_stgcn.Ensemble(members))
     x = torch.randn(batch, persons, 20, 25, 3, generator=torch.Generator().manual_seed(1))
     before, results = torch.get_num_threads(), []
     try:
