@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -177,8 +178,9 @@ def _stream(config: PredictConfig) -> int:
           f"thread(s), {stream.chunk} at a time; a frame counts {stream.delay} frames later", file=sys.stderr)
     if config.compare and isinstance(stream, StreamPredictor):
         own = difference(stream, sample.keypoint, sample.score)
-        print(f"offline   largest difference of a probability over the whole sequence {own.whole:.2g}, over windows of "
-              f"{stream.window or frames} frames {own.windows:.2g} (mean {own.mean:.2g}), same class in {own.agree:.1%}",
+        windows = (f"over windows of {stream.window or frames} frames {own.windows:.2g} (mean {own.mean:.2g}), same class in "
+                   f"{own.agree:.1%}" if not math.isnan(own.mean) else "no window whose frames were all answered for")
+        print(f"offline   largest difference of a probability over the whole sequence {own.whole:.2g}, {windows}",
               file=sys.stderr)
     return 0
 

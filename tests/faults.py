@@ -198,7 +198,7 @@ def main() -> int:
     result: dict[str, Any] = {}
     for name, fault in (("kill -9", lambda folder: kill_and_resume(folder, asked.moments, asked.seed)),
                         ("disk full", disk_full),
-                        ("rank killed, restarted", lambda folder: rank_killed(folder, 3, compare=True)),
+                        ("rank killed, restarted", lambda folder: rank_killed(folder, 1, compare=True)),
                         ("rank killed, not restarted", lambda folder: rank_killed(folder, 0))):
         if asked.skip_torchrun and name.startswith("rank"):
             continue

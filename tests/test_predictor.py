@@ -259,6 +259,9 @@ def test_the_command_streams_a_file(trained, archive, tmp_path, capsys):
     assert [json.loads(line)["frame"] for line in capsys.readouterr().out.splitlines()][:3] == [8, 16, 24]
     largest = float(said.err.split("over the whole sequence ")[1].split(",")[0])
     assert largest <= TOLERANCE
+    np.save(tmp_path / "short.npy", x[:, :5])
+    assert run(predict.main, [str(trained / "low"), "--stream", str(tmp_path / "short.npy"), "--window", "0", "--compare"]) == 0
+    assert "no window whose frames were all answered for" in capsys.readouterr().err
 
 
 def test_the_command_refuses_what_it_cannot_do(trained, tmp_path, capsys):
