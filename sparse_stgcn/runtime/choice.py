@@ -29,8 +29,13 @@ def density(model: nn.Module) -> float:
 
 def candidates(model: nn.Module) -> tuple[str, ...]:
     """The engines that can be the fastest one for a model, the program first."""
-    return (ENGINES[0], *ENGINES[1:2][:any(map(_widens, maskable_convs(model).values()))],
-            *ENGINES[2:][:2 * (density(model) > MEASURED_ABOVE)])
+    program, wide, *torchs = ENGINES
+    names = [program]
+    if any(map(_widens, maskable_convs(model).values())):
+        names.append(wide)
+    if density(model) > MEASURED_ABOVE:
+        names += torchs
+    return tuple(names)
 
 
 @torch.no_grad()
