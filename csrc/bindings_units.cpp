@@ -110,7 +110,8 @@ void bind_units(py::module_& m) {
   m.def("spread_mean", [](bool is_double, const MeanSizes& size, const Addresses& t, const Strides& stride, int threads) {
     typed(is_double, [&](auto& ops, auto s) {
       using S = decltype(s);
-      ops.spread_mean(mean_shape(size), plane<const S>(t[0], stride[0]), (const S*)t[1], plane<S>(t[2], stride[1]), threads);
+      ops.spread_mean(mean_shape(size), plane<const S>(t[0], stride[0]), (const S*)t[1], plane<S>(t[2], stride[1]),
+                      plane<S>(t[3], stride[2]), threads);
     });
   });
   m.def("spread_mean_backward", [](bool is_double, const MeanSizes& size, const Addresses& t, const Strides& stride, int threads) {

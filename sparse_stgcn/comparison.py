@@ -12,8 +12,8 @@ from .errors import UserError, validating
 __all__ = ["lines", "read_nested", "rows", "to_markdown"]
 
 TOGETHER, APART, AVERAGE = "trained together, ensemble", "trained apart, ensemble", "trained apart, weight average"
-_SAME = ("backbone", "base_channels", "block", "density", "scope", "split", "fold", "stream", "missing", "align", "sequences",
-         "clip_len", "num_person", "eval_clips")
+_SAME = ("backbone", "base_channels", "block", "density", "scope", "split", "fold", "stream", "missing", "align", "box",
+         "sampler", "sequences", "clip_len", "num_person", "eval_clips")
 _NOT_TRAINING = ("evaluation", "test")
 
 

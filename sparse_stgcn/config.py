@@ -78,6 +78,11 @@ class TrainConfig:
     """Lost or NaN joints: keep (NaN is an error), interpolate, zero or drop the frame."""
     align: bool = True
     """Turn 3D bodies upright and facing one way."""
+    box: bool = False
+    """Scale each axis of a sequence so that its joints span [-1, 1], after a random turn."""
+    sampler: str = "uniform"
+    """How frames are drawn: uniform (PYSKL's; a short sequence begins again), decode (the same, its other test clips), or
+    ordered (with repetition, in order of time: a short sequence is stretched)."""
     sequences: OptionalInt = None
     """Size of the synthetic set, training and test together."""
 
@@ -225,6 +230,7 @@ class TrainConfig:
             UserError: the first key that is out of range, with its flag and the fix.
         """
         from .backbones import BACKBONES
+        from .data.preparation import SAMPLERS
         from .data.transforms import MISSING, streams_of
         from .masks import DENSITIES, METHODS, SCOPES
         from .sparsity import parse_block
@@ -232,6 +238,7 @@ class TrainConfig:
         one_of("--backbone", self.backbone, list(BACKBONES))
         streams_of(self.stream)
         one_of("--missing", self.missing, MISSING)
+        one_of("--sampler", self.sampler, SAMPLERS)
         one_of("--method", self.method, list(METHODS))
         one_of("--density", self.density, (*DENSITIES, "auto"))
         one_of("--scope", self.scope, SCOPES)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["EnsembleConfig", "main"]
 
 # What makes the input of a network; the members of an ensemble share it.
-_INPUT = ("data", "split", "fold", "layout", "stream", "missing", "align", "sequences", "clip_len", "num_person")
+_INPUT = ("data", "split", "fold", "layout", "stream", "missing", "align", "box", "sampler", "sequences", "clip_len",
+          "num_person")
 
 
 @dataclass

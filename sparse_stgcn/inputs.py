@@ -53,7 +53,7 @@ class InputFormat:
         """
         member: Any = model.members[0] if isinstance(model, Ensemble) else model
         backbone, protocol = member.backbone, dict(meta.get("protocol") or {})
-        names = ("stream", "clip_len", "num_person", "align")
+        names = ("stream", "clip_len", "num_person", "align", "sampler", "box")
         known = {name: protocol[name] for name in names if protocol.get(name) is not None}
         known["num_person"] = backbone.num_person or known.get("num_person", Preparation.num_person)
         preparation = Preparation(backbone.skeleton, num_clips=clips or protocol.get("clips") or 10,

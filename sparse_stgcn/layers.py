@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import BlockPattern, graph_conv, graph_product, max_pool, norm, temporal_conv
+from .kernels import BlockPattern, again, graph_conv, graph_product, max_pool, norm, temporal_conv
 from .kernels.dispatch import runs_natively
 
 __all__ = ["SparseConv2d", "TemporalUnit", "Units", "norm_fuses", "normalise", "pointwise_unit", "run_units", "track",
@@ -307,10 +307,10 @@ def run_units(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
         if isinstance(module, nn.BatchNorm2d):
             normed = isinstance(following, nn.ReLU)
             x = normalise(module, x, relu=normed)
-        elif _pools(module, x):
-            x = max_pool(x, module.stride[0])  # type: ignore[index,arg-type]  # a pair, see _pools
         elif not normed:
-            x = module(x)
+            with again(x):
+                # a pair of strides, see _pools
+                x = max_pool(x, module.stride[0]) if _pools(module, x) else module(x)  # type: ignore[index,arg-type]
         else:
             normed = False
     return x

@@ -111,6 +111,47 @@ def test_rotation_keeps_distances_and_scale_changes_them() -> None:
     assert ((ratio[0] - 1).abs() <= 0.5).all() and not torch.allclose(ratio[0], torch.ones(3))
 
 
+def test_a_box_is_taken_around_the_joints_as_they_are_turned() -> None:
+    plain = SkeletonDataset(archive(), "train", "j+b", clip_len=500, box=True, sampler="ordered")
+    turned = SkeletonDataset(archive(), "train", "j+b", clip_len=500, box=True, sampler="ordered", rotate=1.0)
+    x, y = batch_of(plain, [4])[0], batch_of(turned, [4])[0]
+    for clip in (x, y):  # 500 of 21 frames: every one of them
+        joints = clip[..., :3].reshape(-1, 3)
+        np.testing.assert_allclose([joints.min(0).values, joints.max(0).values], [[-1] * 3, [1] * 3], atol=1e-5)
+        bones = tf.bone(clip[..., :3].numpy(), NTU.bones)
+        np.testing.assert_allclose(clip[..., 3:], bones, atol=1e-5)  # of the joints in the box
+    assert not torch.allclose(x, y, atol=1e-2)
+    # The turn is the generator's, between the normalisation and the box; the frames come first.
+    keypoint = tf.pre_normalize_3d(turned.archive.read(int(turned.members[4]))[0])
+    rng = turned._generator(4)
+    frames = tf.ordered_sample(keypoint.shape[1], 500, rng)
+    want = tf.fit_box(tf.rotate(keypoint, tf.random_rotation(1.0, rng)))[:, frames]
+    np.testing.assert_allclose(y[..., :3], want, atol=1e-5)
+    np.testing.assert_array_equal(turned.sequence(4), plain.sequence(4))  # a sequence as such is not turned
+
+
+def test_a_box_does_not_feel_a_factor_per_axis() -> None:
+    plain, scaled = (batch_of(SkeletonDataset(archive(), "train", clip_len=9, box=True, scale=s), [4]) for s in (0, 0.5))
+    torch.testing.assert_close(plain, scaled, rtol=0, atol=2e-6)
+
+
+def test_a_box_of_image_coordinates_is_that_of_the_visible_joints() -> None:
+    base = archive(COCO, channels=2)
+    base.keypoint[...] = (base.keypoint + 10) * 30
+    base.keypoint[:, :, 3] = 0
+    data = SkeletonDataset(base, "test", clip_len=20, train=False, box=True)
+    seen = data.sequence(2)[:, :, [v for v in range(17) if v != 3], :2].reshape(-1, 2)
+    np.testing.assert_allclose([seen.min(0), seen.max(0)], [[-1, -1], [1, 1]], atol=1e-6)
+
+
+def test_ordered_test_clips_begin_with_even_frames() -> None:
+    data = SkeletonDataset(archive(), "test", clip_len=20, num_clips=3, train=False, sampler="ordered")
+    sequence = data.sequence(1)
+    even = np.linspace(0, sequence.shape[1] - 1, 20).astype(int)
+    np.testing.assert_array_equal(data[1][0][0], sequence[:, even])
+    np.testing.assert_array_equal(data[1][0], data[1][0])
+
+
 def test_two_dimensional_input_carries_the_score() -> None:
     base = archive(COCO, channels=2)
     score = np.random.default_rng(1).uniform(size=base.keypoint.shape[:3]).astype(np.float16)

@@ -117,7 +117,7 @@ def test_opcheck_and_fullgraph():
     for op, given in ((ops.frame_mean, (x,)), (ops.total, ([x, 2 * x], None)), (ops.total, ([x], x[:, :, :1])),
                       (ops.append_mean, (x,)), (ops.append_mean_backward, ([x, 2 * x],)),
                       (ops.spread_mean, ([x, x], torch.ones(4))),
-                      (ops.spread_mean_backward, (torch.ones(2, 6, 4, 4), [x, 2 * x], torch.ones(4), [3 * x, 4 * x]))):
+                      (ops.spread_mean_backward, (torch.ones(2, 6, 4, 4), torch.ones(2, 6, 4), torch.ones(4), [3 * x, 4 * x]))):
         torch.library.opcheck(op, given, test_utils=tests)
 
     def loss(x, coef):

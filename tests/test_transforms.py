@@ -195,6 +195,30 @@ def test_pre_normalize_2d_auto_fills_the_box_of_visible_joints() -> None:
     assert y[0, 0, 0].tolist() == [0, 0, 0]
 
 
+def test_a_box_spans_one_to_one_on_every_axis_and_leaves_the_absent_out() -> None:
+    x = np.random.default_rng(4).normal(size=(3, 5, 6, 3)).astype(np.float32) * (1, 20, 0.1) + 7
+    x[1, 2:] = 0  # leaves after two frames
+    x[2] = 0  # never there
+    y = tf.fit_box(x)
+    bodies = y[[0, 1], :2].reshape(-1, 3), y[0, 2:].reshape(-1, 3)
+    limits = [np.concatenate(bodies).min(0), np.concatenate(bodies).max(0)]
+    np.testing.assert_allclose(limits, [[-1] * 3, [1] * 3], atol=1e-6)
+    assert not y[2].any() and not y[1, 2:].any() and y.dtype == x.dtype
+    # A box does not feel a shift or a factor per axis, and keeps proportions along an axis.
+    there = (x != 0).any((2, 3), keepdims=True)
+    np.testing.assert_allclose(tf.fit_box(np.where(there, x * (2, 3, 4) - 5, 0)), y, atol=1e-4)
+    ratio = lambda z: (z[0, 0, 1] - z[0, 0, 0]) / (z[0, 3, 1] - z[0, 3, 0])
+    np.testing.assert_allclose(ratio(x), ratio(y), rtol=1e-3)
+
+
+def test_a_box_without_extent_is_zero_there() -> None:
+    x = np.ones((1, 2, 3, 3), np.float32) * 4
+    x[0, 0, 0, 0] = 2
+    y = tf.fit_box(x)
+    assert y[0, 0, 0].tolist() == [-1, 0, 0] and y[0, 1, 2].tolist() == [1, 0, 0]
+    assert not tf.fit_box(np.zeros((1, 2, 3, 3))).any()
+
+
 # ---- sampling ------------------------------------------------------------------------------------------------
 
 @settings(max_examples=150, deadline=None)
@@ -220,9 +244,29 @@ def test_test_clips_repeat_and_stay_in_range(frames: int, length: int, clips: in
     assert first.min() >= 0 and first.max() < frames
 
 
-def test_uniform_sample_refuses_an_empty_sequence() -> None:
+@pytest.mark.parametrize("draw", [tf.uniform_sample, tf.ordered_sample])
+def test_sampling_refuses_an_empty_sequence(draw: object) -> None:
     with pytest.raises(ValueError, match="num_frames"):
-        tf.uniform_sample(0, 10, np.random.default_rng(0))
+        draw(0, 10, np.random.default_rng(0))
+
+
+@settings(max_examples=60, deadline=None)
+@given(frames=st.integers(1, 300), length=st.integers(1, 120), clips=st.integers(1, 12), seed=st.integers(0, 2**31))
+def test_ordered_samples_never_go_back_and_the_first_test_clip_is_even(frames: int, length: int, clips: int, seed: int) -> None:
+    index = tf.ordered_sample(frames, length, np.random.default_rng(seed))
+    test = tf.ordered_test_clips(frames, length, clips)
+    assert index.shape == (length,) and test.shape == (clips, length) and index.dtype == test.dtype == np.int64
+    for row in (index, *test):
+        assert row.min() >= 0 and row.max() < frames and (np.diff(row) >= 0).all()
+    steps = np.diff(test[0])
+    assert test[0, 0] == 0 and (length == 1 or test[0, -1] == frames - 1) and (length == 1 or steps.max() - steps.min() <= 1)
+    assert (test == tf.ordered_test_clips(frames, length, clips)).all()
+
+
+def test_ordered_samples_reach_all_frames_alike() -> None:
+    rng = np.random.default_rng(5)
+    drawn = np.concatenate([tf.ordered_sample(8, 16, rng) for _ in range(500)])
+    np.testing.assert_allclose(np.bincount(drawn, minlength=8) / len(drawn), 1 / 8, rtol=0.12)
 
 
 # ---- streams, augmentation, persons ----------------------------------------------------------------------------

@@ -96,10 +96,11 @@ void append_mean_backward(const MeanShape& s, int64_t count, const View<const S>
 
 // y[n,c,t,v] = x[n,c,t,v] + x[n,c,t,V] coef[v], v < V; x has V + 1 joints.
 template <class S>
-void spread_mean(const MeanShape& s, View<const S> x, const S* coef, View<S> y, int threads) {
+void spread_mean(const MeanShape& s, View<const S> x, const S* coef, View<S> y, View<S> mean, int threads) {
   parallel(s.N * s.C, threads, [&](int64_t task) {
     const S* from = x.data + task / s.C * x.stride[0] + task % s.C * x.stride[1];
     S* to = y.data + task / s.C * y.stride[0] + task % s.C * y.stride[1];
+    S* means = mean.data + task / s.C * mean.stride[0] + task % s.C * mean.stride[1];
     over_joints<S>(s.V, [&](auto count, const auto& j) __attribute__((always_inline)) {
       constexpr int m = decltype(count)::value;
       Vec<S> part[m];
@@ -107,6 +108,7 @@ void spread_mean(const MeanShape& s, View<const S> x, const S* coef, View<S> y, 
       for (int64_t t = 0; t < s.T; t++) {
         const S* row = from + t * (s.V + 1);
         const Vec<S> mean = splat(row[s.V]);
+        means[t] = row[s.V];
         Vec<S> v[m];
         UNROLL for (int i = 0; i < m; i++) v[i] = j.read(row, i) + mean * part[i];
         UNROLL for (int i = 0; i < m; i++) j.write(to + t * s.V, i, v[i]);
@@ -115,9 +117,9 @@ void spread_mean(const MeanShape& s, View<const S> x, const S* coef, View<S> y, 
   });
 }
 
-// dx[..., :V] = dy, dx[..., V] = sum over v of dy coef[v]; dcoef[v] += sum over n, c, t of dy[n,c,t,v] x[n,c,t,V].
+// dx[..., :V] = dy, dx[..., V] = sum over v of dy coef[v]; dcoef[v] += sum over n, c, t of dy[n,c,t,v] mean[n,c,t].
 template <class S>
-void spread_mean_backward(const MeanShape& s, View<const S> dy, View<const S> x, const S* coef, View<S> dx, double* dcoef,
+void spread_mean_backward(const MeanShape& s, View<const S> dy, View<const S> mean, const S* coef, View<S> dx, double* dcoef,
                           int threads) {
   call_scratch.reserve(Scratch::room<double>(s.C * s.V));
   double* partial = call_scratch.take<double>(s.C * s.V);
@@ -128,7 +130,7 @@ void spread_mean_backward(const MeanShape& s, View<const S> dy, View<const S> x,
     for (int64_t v = 0; v < s.V; v++) total[v] = 0;
     for (int64_t n = 0; n < s.N; n++) {
       const S* d = dy.data + n * dy.stride[0] + c * dy.stride[1];
-      const S* from = x.data + n * x.stride[0] + c * x.stride[1];
+      const S* means = mean.data + n * mean.stride[0] + c * mean.stride[1];
       S* to = dx.data + n * dx.stride[0] + c * dx.stride[1];
       for (int64_t t = 0; t < s.T; t++) to[t * (s.V + 1) + s.V] = 0;
       over_joints<S>(s.V, [&](auto count, const auto& j) __attribute__((always_inline)) {
@@ -137,12 +139,12 @@ void spread_mean_backward(const MeanShape& s, View<const S> dy, View<const S> x,
         UNROLL for (int i = 0; i < m; i++) part[i] = j.read(coef, i);
         for (int64_t t = 0; t < s.T; t++) {
           S* row = to + t * (s.V + 1);
-          const Vec<S> mean = splat(from[t * (s.V + 1) + s.V]);
+          const Vec<S> of_all = splat(means[t]);
           Vec<S> g[m], v[m];
           UNROLL for (int i = 0; i < m; i++) {
             g[i] = j.read(d + t * s.V, i);
             v[i] = g[i] * part[i];
-            sum[i] += g[i] * mean;
+            sum[i] += g[i] * of_all;
           }
           UNROLL for (int i = 0; i < m; i++) j.write(row, i, g[i]);
           row[s.V] += j.sum(v);

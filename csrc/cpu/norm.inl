@@ -151,6 +151,7 @@ INLINE int64_t norm_group(const NormShape& s, int64_t tensors, int threads) {
   return max64(1, min64(min64(ceil_div(16 << 10, run), (1 << 20) / all), s.C / (4 * max64(threads, 1))));
 }
 
+// Without `variance`, mean and rstd are given.
 template <class S>
 void norm_forward(const NormShape& s, View<const S> x, View<const S> residual, const S* gamma, const S* beta, double eps,
                   bool open, bool relu, View<S> y, S* mean, S* rstd, S* variance, int threads) {
@@ -158,12 +159,14 @@ void norm_forward(const NormShape& s, View<const S> x, View<const S> residual, c
   const int64_t group = norm_group<S>(s, 1, threads);
   parallel(ceil_div(s.C, group), threads, [&](int64_t task) {
     const int64_t begin = task * group, end = min64(s.C, begin + group);
-    task_scratch.reserve(Scratch::room<Moments<S>>(group));
-    Moments<S>* moments = task_scratch.take<Moments<S>>(group);
-    for (int64_t c = begin; c < end; c++) moments[c - begin] = Moments<S>();
-    for (int64_t n = 0; n < s.N; n++)
-      for (int64_t c = begin; c < end; c++) moments[c - begin].add(x.data + n * x.stride[0] + c * x.stride[1], s.P);
-    for (int64_t c = begin; c < end; c++) moments[c - begin].finish(eps, mean[c], rstd[c], variance[c]);
+    if (variance) {
+      task_scratch.reserve(Scratch::room<Moments<S>>(group));
+      Moments<S>* moments = task_scratch.take<Moments<S>>(group);
+      for (int64_t c = begin; c < end; c++) moments[c - begin] = Moments<S>();
+      for (int64_t n = 0; n < s.N; n++)
+        for (int64_t c = begin; c < end; c++) moments[c - begin].add(x.data + n * x.stride[0] + c * x.stride[1], s.P);
+      for (int64_t c = begin; c < end; c++) moments[c - begin].finish(eps, mean[c], rstd[c], variance[c]);
+    }
     auto normalise = [&](int64_t n, int64_t c) __attribute__((always_inline)) {
       const Affine<S> affine(gamma[c] * rstd[c], beta[c], mean[c]);
       const S* from = x.data + n * x.stride[0] + c * x.stride[1];

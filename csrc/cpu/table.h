@@ -164,7 +164,8 @@ struct Ops : Convolutions<S, S> {
                       const S* beta, const S* A, GroupView<const S> dy, S* dx, S* dx1, S* dx2, S* dalpha, S* dbeta, S* dA,
                       int threads);
 
-  // residual may have data == nullptr, and y and dresidual of the backward pass both; variance: unbiased.
+  // residual may have data == nullptr, and y and dresidual of the backward pass both; variance: unbiased, or
+  // nullptr: mean and rstd are given.
   void (*norm_forward)(const NormShape&, View<const S> x, View<const S> residual, const S* gamma, const S* beta, double eps,
                        bool open, bool relu, View<S> y, S* mean, S* rstd, S* variance, int threads);
   void (*norm_backward)(const NormShape&, View<const S> dy, View<const S> x, View<const S> y, const S* gamma, const S* beta,
@@ -183,8 +184,8 @@ struct Ops : Convolutions<S, S> {
   void (*total_of)(const MeanShape&, int64_t count, const View<const S>* x, const S* mean, S* y, int threads);
   void (*append_mean)(const MeanShape&, View<const S> x, S* y, int threads);
   void (*append_mean_backward)(const MeanShape&, int64_t count, const View<const S>* g, S* dx, int threads);
-  void (*spread_mean)(const MeanShape&, View<const S> x, const S* coef, View<S> y, int threads);
-  void (*spread_mean_backward)(const MeanShape&, View<const S> dy, View<const S> x, const S* coef, View<S> dx, double* dcoef,
+  void (*spread_mean)(const MeanShape&, View<const S> x, const S* coef, View<S> y, View<S> mean, int threads);
+  void (*spread_mean_backward)(const MeanShape&, View<const S> dy, View<const S> mean, const S* coef, View<S> dx, double* dcoef,
                                int threads);
 
   void (*block_forward)(const TemporalShape&, const Pattern& graph, const Adjacency&, const Pattern& temporal,

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..kernels import share
+from ..kernels import again, share
 from ..kernels.dynamic import dg_aggregate
 from ..layers import SparseConv2d, normalise, pointwise_unit
 from ..skeleton import Skeleton
@@ -41,14 +41,9 @@ class GroupGraphUnit(nn.Module):
     def with_mean(self, x: Tensor, for_shortcut: Tensor, mean: Tensor) -> Tensor:
         """The unit where the mean over time (N, I, 1, V), which makes the graphs, is given; both inputs are x."""
         grouped = lambda y: y.unflatten(1, (self.subsets, -1))
-        y = dg_aggregate(
-            grouped(self.pre(x)),
-            grouped(self.conv1(mean)[:, :, 0]),
-            grouped(self.conv2(mean)[:, :, 0]),
-            self.alpha[0],
-            self.beta[0],
-            self.A,
-        )
+        x1, x2, inner = grouped(self.conv1(mean)[:, :, 0]), grouped(self.conv2(mean)[:, :, 0]), self.pre(x)
+        with again(inner):
+            y = dg_aggregate(grouped(inner), x1, x2, self.alpha[0], self.beta[0], self.A)
         return normalise(self.bn, self.post(y.flatten(1, 2)), self.down(for_shortcut), relu=True)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..joins import joined
-from ..kernels import append_mean, share, spans, split, spread_mean
+from ..kernels import again, append_mean, share, spans, split, spread_mean
 from ..layers import SparseConv2d, TemporalUnit, Units, normalise, pointwise_unit, run_units
 
 __all__ = ["BranchedTemporal", "MixedTemporal"]
@@ -48,16 +48,18 @@ def _run_branches(branches: Any, xs: Sequence[Tensor]) -> tuple[list[Tensor], li
         *narrow, last = joined([*convs, alike], xs)
     else:
         narrow, last = list(joined(convs, xs[:-1])), alike(xs[-1])
-    hidden = split(normalise(norms, narrow, relu=True), spans(conv.out_channels for conv in convs))
+    whole = normalise(norms, narrow, relu=True)
+    hidden = split(whole, spans(conv.out_channels for conv in convs))
     outputs, ends = [], []
-    for branch, y in zip(wide, hidden, strict=True):
-        rest = list(branch)[3:]
-        end = rest.pop() if isinstance(rest[-1], nn.BatchNorm2d) else nn.Identity()
-        if isinstance(rest[-1], TemporalUnit):
-            unit = rest.pop()
-            rest, end = [*rest, unit.conv], unit.bn
-        outputs.append(run_units(rest, y))
-        ends.append(end)
+    with again(whole):  # it is made once for all branches
+        for branch, y in zip(wide, hidden, strict=True):
+            rest = list(branch)[3:]
+            end = rest.pop() if isinstance(rest[-1], nn.BatchNorm2d) else nn.Identity()
+            if isinstance(rest[-1], TemporalUnit):
+                unit = rest.pop()
+                rest, end = [*rest, unit.conv], unit.bn
+            outputs.append(run_units(rest, y))
+            ends.append(end)
     return [*outputs, last], [*ends, single[1] if isinstance(single, nn.Sequential) else nn.Identity()]
 
 

@@ -40,7 +40,8 @@ def peak_memory(step: StepMemory) -> int:
     """Bytes by which the step raises the peak of resident memory above what the process held before its first step.
 
     The model, the optimiser and the input exist before; gradients, momentum, activations and workspace count. More than one
-    step is run, because momentum appears in the first one and takes part in the peak of the second.
+    step is run, because momentum appears in the first one and takes part in the peak of the second. Memory is kept between
+    layers as every training run keeps it (``training.memory``), with ``plain``, too.
 
     Raises:
         RuntimeError: the step failed; the message is the end of its error output.
@@ -76,7 +77,9 @@ def _measure(step: StepMemory) -> int:
 
     from .. import create_model, sparsity
     from ..training.generator import TwoStage
+    from ..training.memory import keep_freed_memory
 
+    keep_freed_memory()
     torch.set_num_threads(step.threads)
     torch.manual_seed(0)
     model = create_model(step.backbone, step.classes)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..errors import UserError
 from . import transforms as tf
 from .preparation import IMAGE, Preparation, with_score
 
@@ -24,9 +25,15 @@ class CausalPreparation:
         preparation: of the network.
         flat: image coordinates, C = 2.
         image: height and width in pixels, for 2D.
+
+    Raises:
+        UserError: the preparation scales sequences to their box.
     """
 
     def __init__(self, preparation: Preparation, flat: bool, image: tuple[float, float] = IMAGE) -> None:
+        if preparation.box:
+            raise UserError("Expected a network whose input is known frame by frame. Got one trained with --box, which scales "
+                            "a sequence by joints that are still to come; use --rolling, whose windows are sequences.")
         self.preparation, self.flat, self.image = preparation, flat, image
         self.late = any(feature in preparation.feats for feature in ("jm", "bm"))
         self._main: int | None = None

@@ -41,7 +41,9 @@ class SkeletonDataset(Dataset[tuple[Tensor, int, int]]):
         scale: s, random factor 1 + U(-1, 1) s per axis.
         missing: what to do about joints that are NaN or lost: keep, interpolate, zero or drop
             (see `transforms.fill_missing`). With "keep" a NaN in the archive is an error.
-        sampler: test frames as PYSKL's "uniform" sampler draws them or its "decode" variant.
+        sampler: frames as PYSKL's "uniform" sampler draws them, in the test its "decode" variant, or "ordered": with
+            repetition, in order of time.
+        box: scale every sequence to the box of its joints, after the random turn where it is 3D.
         cache_bytes: memory for normalised sequences, of all workers together.
 
     Raises:
@@ -64,12 +66,14 @@ class SkeletonDataset(Dataset[tuple[Tensor, int, int]]):
         missing: str = "keep",
         sampler: str = "uniform",
         cache_bytes: int = 512 << 20,
+        box: bool = False,
     ) -> None:
         for name, value in (("rotate", rotate), ("scale", scale), ("cache_bytes", cache_bytes), ("seed", seed)):
             if not value >= 0:
                 raise UserError(f"Expected {name} of at least 0. Got {name}={value}.")
         self.num_person = archive.num_persons if num_person is None else num_person
-        self.preparation = Preparation(archive.skeleton, stream, clip_len, num_clips, self.num_person, align, missing, sampler)
+        self.preparation = Preparation(archive.skeleton, stream, clip_len, num_clips, self.num_person, align, missing, sampler,
+                                       box)
         self.archive = archive
         self.members = archive.members(split)
         if not len(self.members):
@@ -82,6 +86,8 @@ class SkeletonDataset(Dataset[tuple[Tensor, int, int]]):
         self.rotate, self.scale = rotate, scale
         self.labels = torch.from_numpy(archive.label[self.members])
         self.epoch = 0
+        # A box is taken around the joints as they are turned; without one, turning features is the same and cheaper.
+        self._turn_joints = train and box and not archive.is_2d and bool(rotate or scale)
         self._cache: dict[int, np.ndarray] = {}
         self._cache_bytes, self._cached = cache_bytes, 0
 
@@ -117,8 +123,12 @@ class SkeletonDataset(Dataset[tuple[Tensor, int, int]]):
 
     def _random_clip(self, index: int) -> np.ndarray:
         """(M, L, V, C) of the current epoch, turned and scaled at random if asked."""
-        sequence, rng = self.sequence(index), self._generator(index)
-        clip = self.preparation.clips(sequence, tf.uniform_sample(sequence.shape[1], self.clip_len, rng)[None])[0]
+        sequence, rng = self._normalised(index), self._generator(index)
+        frames = self.preparation.random_frames(sequence.shape[1], rng)
+        if self._turn_joints:
+            turned = (sequence @ self._matrix(rng).T).astype(sequence.dtype)
+            return self.preparation.clips(self.preparation.finish(turned, flat=False), frames)[0]
+        clip = self.preparation.clips(sequence, frames)[0]
         if self.rotate or self.scale:
             self._augment(clip, rng)
         return clip
@@ -145,12 +155,20 @@ class SkeletonDataset(Dataset[tuple[Tensor, int, int]]):
 
     def sequence(self, index: int) -> np.ndarray:
         """The whole sequence after normalisation, as features (M, T, V, C) float32: what clips are drawn from."""
+        known = self._normalised(index)
+        return self.preparation.finish(known, flat=False) if self._turn_joints else known
+
+    def _normalised(self, index: int) -> np.ndarray:
+        """What does not change from epoch to epoch: the features, or the joints where a random turn comes before the box."""
         known = self._cache.get(index)
         if known is not None:
             return known
-        member = int(self.members[index])
+        member, prepare = int(self.members[index]), self.preparation
         keypoint, score = self.archive.read(member)
-        features = self.preparation.features(keypoint, score, self.archive.is_2d, self._image(member))
+        if self._turn_joints:
+            features = prepare.normalise(tf.fill_missing(keypoint, prepare.missing), flat=False)
+        else:
+            features = prepare.features(keypoint, score, self.archive.is_2d, self._image(member))
         worker = get_worker_info()  # workers draw different sequences: each has its share of the memory
         if self._cached + features.nbytes <= self._cache_bytes // (worker.num_workers if worker else 1):
             self._cached += features.nbytes
@@ -163,6 +181,13 @@ class SkeletonDataset(Dataset[tuple[Tensor, int, int]]):
 
     def _augment(self, row: np.ndarray, rng: np.random.Generator) -> None:
         """Random rotation and scale of one clip in place. Streams are linear in the joints, so each is turned alike."""
+        matrix = self._matrix(rng)
+        axes = len(matrix)
+        for first in range(0, self.in_channels, 3):
+            row[..., first:first + axes] = row[..., first:first + axes] @ matrix.T.astype(np.float32)
+
+    def _matrix(self, rng: np.random.Generator) -> np.ndarray:
+        """A random turn, then a random factor per axis."""
         axes = 2 if self.archive.is_2d else 3
         matrix = np.eye(axes)
         if self.rotate:
@@ -170,8 +195,7 @@ class SkeletonDataset(Dataset[tuple[Tensor, int, int]]):
             matrix = turn(self.rotate, rng)
         if self.scale:
             matrix = tf.random_scale(self.scale, axes, rng)[:, None] * matrix
-        for first in range(0, self.in_channels, 3):
-            row[..., first:first + axes] = row[..., first:first + axes] @ matrix.T.astype(np.float32)
+        return matrix
 
     def _generator(self, index: int, epoch: int | None = None) -> np.random.Generator:
         # Philox with the coordinates as its key: every (seed, epoch, index) has a stream of its own.

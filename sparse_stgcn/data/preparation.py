@@ -13,7 +13,7 @@ from .body import BodyAxes, body_axes
 
 __all__ = ["IMAGE", "SAMPLERS", "Preparation", "with_score"]
 
-SAMPLERS = ("uniform", "decode")
+SAMPLERS = ("uniform", "decode", "ordered")
 IMAGE = (1080.0, 1920.0)  # height and width of an image whose size nobody gave
 
 
@@ -29,7 +29,8 @@ class Preparation:
         num_person: persons per clip, cut or padded with zeros.
         align: turn the body upright (3D with named spine and shoulders); centring is always done.
         missing: what to do about lost joints, see `transforms.fill_missing`.
-        sampler: "uniform", or PYSKL's "decode" variant of it.
+        sampler: how frames are drawn: "uniform", PYSKL's "decode" variant of it, or "ordered", with repetition.
+        box: scale every sequence to the box of its joints, see `transforms.fit_box` and, in 2D, `pre_normalize_2d`.
 
     Raises:
         UserError: a value is not as above.
@@ -43,6 +44,7 @@ class Preparation:
     align: bool = True
     missing: str = "keep"
     sampler: str = "uniform"
+    box: bool = False
 
     def __post_init__(self) -> None:
         for name in ("clip_len", "num_clips", "num_person"):
@@ -68,9 +70,12 @@ class Preparation:
         return flat and self.skeleton.name != "handmp"
 
     def normalise(self, keypoint: np.ndarray, flat: bool, image: tuple[float, float] = IMAGE) -> np.ndarray:
-        """(M, T, V, C) of finite coordinates -> the same, normalised; `flat`: image coordinates and a score, C = 3."""
+        """(M, T, V, C) of finite coordinates -> the same, normalised; `flat`: image coordinates and a score, C = 3.
+
+        A box around 3D joints is the last step, see `finish`: a random turn comes before it.
+        """
         if flat:
-            return tf.pre_normalize_2d(keypoint, image=image)
+            return tf.pre_normalize_2d(keypoint, image=image, mode="auto" if self.box else "fix")
         return tf.pre_normalize_3d(keypoint, *self._anchor_joints)
 
     def anchor(self, body: np.ndarray) -> tf.Anchor:
@@ -97,13 +102,25 @@ class Preparation:
         if flat:
             keypoint = with_score(keypoint, score)
         keypoint = tf.fill_missing(keypoint, self.missing, 2 if flat else 3)
-        keypoint = self.normalise(keypoint, flat, image)
+        return self.finish(self.normalise(keypoint, flat, image), flat)
+
+    def finish(self, keypoint: np.ndarray, flat: bool) -> np.ndarray:
+        """The features (M, T, V, 3 * features) float32 of what `normalise` made, in its box if asked."""
+        if self.box and not flat:
+            keypoint = tf.fit_box(keypoint)
         made = tf.skeleton_features(keypoint, self.feats, self.skeleton.bones, flat, self.motion_score(flat))
         return np.ascontiguousarray(made, dtype=np.float32)
 
     def test_frames(self, num_frames: int) -> np.ndarray:
         """Frame numbers (num_clips, clip_len) of the test clips of a sequence, the same in every run."""
+        if self.sampler == "ordered":
+            return tf.ordered_test_clips(num_frames, self.clip_len, self.num_clips)
         return tf.sample_test_clips(num_frames, self.clip_len, self.num_clips, decode=self.sampler == "decode")
+
+    def random_frames(self, num_frames: int, rng: tf.Random) -> np.ndarray:
+        """Frame numbers (1, clip_len) of a random clip."""
+        draw = tf.ordered_sample if self.sampler == "ordered" else tf.uniform_sample
+        return draw(num_frames, self.clip_len, rng)[None]
 
     def clips(self, features: np.ndarray, frames: np.ndarray) -> np.ndarray:
         """The frames (clips, L) of features (M, T, V, C) as network input (clips, num_person, L, V, C)."""

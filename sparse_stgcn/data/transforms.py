@@ -80,6 +80,23 @@ class Anchor:
         return keypoint
 
 
+def fit_box(keypoint: np.ndarray) -> np.ndarray:
+    """Each axis to [-1, 1]: y = 2 (x - min) / (max - min) - 1, with the limits over all joints of all frames and persons.
+
+    (M, T, V, C) -> (M, T, V, C) in the same dtype. Frames in which a person is not seen (all zeros) have no part in it and
+    stay zero; an axis along which nothing moves becomes 0. What CTR-GCN does to Northwestern-UCLA (feeders/feeder_ucla.py).
+    """
+    seen = (keypoint != 0).any(axis=(2, 3), keepdims=True)
+    if not seen.any():
+        return keypoint
+    bodies = keypoint[seen[..., 0, 0]]
+    low, high = bodies.min(axis=(0, 1)), bodies.max(axis=(0, 1))
+    size = high - low
+    flat = size < 1e-6
+    fitted = (keypoint - low) / np.where(flat, 1, size) * 2 - 1
+    return np.where(seen & ~flat, fitted, 0).astype(keypoint.dtype)
+
+
 def pre_normalize_2d(
     keypoint: np.ndarray,
     score: np.ndarray | None = None,
@@ -206,6 +223,26 @@ def uniform_sample(num_frames: int, clip_len: int, rng: Random, start: int | Non
         return np.arange(clip_len) + np.cumsum(skip)[:-1]
     edges = np.arange(clip_len + 1) * num_frames // clip_len
     return edges[:-1] + integers(np.diff(edges))
+
+
+def ordered_sample(num_frames: int, clip_len: int, rng: Random) -> np.ndarray:
+    """`clip_len` frame numbers in [0, num_frames), int64: drawn with repetition, then put in order of time.
+
+    A sequence that is shorter than the clip is stretched, where `uniform_sample` begins it again. Source: CTR-GCN's
+    feeders/feeder_ucla.py, in training.
+    """
+    if num_frames < 1 or clip_len < 1:
+        raise UserError(f"Expected num_frames and clip_len of at least 1. Got {num_frames} and {clip_len}.")
+    integers = rng.integers if isinstance(rng, np.random.Generator) else rng.randint
+    return np.sort(integers(num_frames, size=clip_len))
+
+
+def ordered_test_clips(num_frames: int, clip_len: int, num_clips: int = 10, seed: int = 255) -> np.ndarray:
+    """Frame numbers (num_clips, clip_len) of the test: evenly spaced from the first to the last, then `ordered_sample`s,
+    the same for every run. CTR-GCN's feeders/feeder_ucla.py tests on the first alone."""
+    rng = np.random.RandomState(seed)
+    even = np.linspace(0, num_frames - 1, clip_len).astype(np.int64)
+    return np.stack([even, *(ordered_sample(num_frames, clip_len, rng) for _ in range(num_clips - 1))])
 
 
 def sample_test_clips(

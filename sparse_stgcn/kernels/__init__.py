@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 from ._library import Lasso
+from ._memory import use_pool
+from .again import again
 from .attend import attend
 from .dispatch import backends
 from .graph_conv import Support, graph_conv
@@ -16,5 +18,6 @@ from .temporal_conv import temporal_conv
 
 from . import gpu  # isort: skip  # noqa: F401  (registers the kernels of a GPU for the ops that are defined above)
 
-__all__ = ["BlockPattern", "Lasso", "Support", "append_mean", "attend", "backends", "graph_conv", "graph_product",
-           "group_lasso", "lasso_terms", "max_pool", "norm", "share", "spans", "split", "spread_mean", "temporal_conv"]
+__all__ = ["BlockPattern", "Lasso", "Support", "again", "append_mean", "attend", "backends", "graph_conv", "graph_product",
+           "group_lasso", "lasso_terms", "max_pool", "norm", "share", "spans", "split", "spread_mean", "temporal_conv",
+           "use_pool"]

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._library import LIBRARY, PATTERN_SCHEMA, Lasso
+from ._memory import empty
 from .pattern import BlockPattern
 
 
@@ -62,13 +63,13 @@ LIBRARY.define("adjacency_conv_dw(Tensor x, Tensor dy, Tensor values, Tensor adj
 @torch.library.register_fake("sparse_stgcn::adjacency_conv", lib=LIBRARY)
 def _fake_forward(x: Tensor, values: Tensor, adjacency: Tensor, bias: Tensor | None, offset: Tensor | None, row_ptr: Tensor,
                   input: Tensor, tap: Tensor, shape: list[int], block: list[int]) -> Tensor:
-    return x.new_empty((x.shape[0], shape[0], x.shape[2], x.shape[3]))
+    return empty(x, (x.shape[0], shape[0], x.shape[2], x.shape[3]))
 
 
 @torch.library.register_fake("sparse_stgcn::adjacency_conv_dx", lib=LIBRARY)
 def _fake_dx(x: Tensor, dy: Tensor, values: Tensor, adjacency: Tensor, bias: Tensor | None, row_ptr: Tensor, input: Tensor,
              tap: Tensor, shape: list[int], block: list[int], need_x: bool, need_adjacency: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape if need_x else (0,)), adjacency.new_empty(adjacency.shape if need_adjacency else (0,))
+    return empty(x, x.shape if need_x else (0,)), adjacency.new_empty(adjacency.shape if need_adjacency else (0,))
 
 
 @torch.library.register_fake("sparse_stgcn::adjacency_conv_dw", lib=LIBRARY)

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _native, reference_units
 from ._library import LIBRARY, implement
+from ._memory import empty
 from .dispatch import backend_for
 
 __all__ = ["attend"]
@@ -83,7 +84,7 @@ def _sizes(y: Tensor, parameters: list[Tensor]) -> list[int]:
 def _fake_forward(y: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
     batch, channels, frames, joints = y.shape
     state = channels * (joints + frames + 2) + parameters[4].shape[0] + joints + frames
-    return y.new_empty(y.shape), y.new_empty((batch, state))
+    return empty(y, y.shape), y.new_empty((batch, state))
 
 
 @implement("attend", _fake_forward)

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _native, reference_dynamic
 from ._library import LIBRARY, implement
+from ._memory import empty
 from .dispatch import backend_for
 from .dynamic import addresses, check_graph, like, new, strides
 from .pattern import BlockPattern
@@ -140,7 +141,7 @@ def _ctr_sizes(embedded: Tensor, wide: Tensor) -> list[int]:
 
 def _fake_ctr(embedded: Tensor, wide: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, A: Tensor, row_ptr: Tensor | None,
               input: Tensor | None, blocks: list[int], shape: list[int], block: list[int]) -> Tensor:
-    return wide.new_empty((wide.shape[0], *wide.shape[2:]))
+    return empty(wide, (wide.shape[0], *wide.shape[2:]))
 
 
 @implement("ctr_aggregate", _fake_ctr)

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _native, reference_dynamic
 from ._library import LIBRARY, implement
+from ._memory import empty
 from .dispatch import backend_for
 
 __all__ = ["aa_graph", "dg_aggregate"]
@@ -130,7 +131,7 @@ LIBRARY.define(f"aa_graph_backward(Tensor dgraphs, {_EMBEDDED}) -> (Tensor, Tens
 
 
 def new(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors)
+    return tuple(empty(tensor, tensor.shape) for tensor in tensors)
 
 
 def addresses(*tensors: Tensor) -> list[int]:

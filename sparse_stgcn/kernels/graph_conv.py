@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _native, reference
 from ._library import LIBRARY, PATTERN_SCHEMA, Lasso, check_values, implement
+from ._memory import empty
 from .adjacency_conv import adjacency_conv
 from .dispatch import backend_for
 from .pattern import BlockPattern
@@ -188,7 +189,7 @@ def _graph_shape(x: Tensor, ptr: Tensor, source: Tensor, shape: list[int]) -> li
 
 def _fake_forward(x: Tensor, values: Tensor, coefficients: Tensor, bias_map: Tensor | None, ptr: Tensor, source: Tensor,
                   row_ptr: Tensor, input: Tensor, tap: Tensor, shape: list[int], block: list[int]) -> Tensor:
-    return x.new_empty((x.shape[0], shape[0], x.shape[2], x.shape[3]))
+    return empty(x, (x.shape[0], shape[0], x.shape[2], x.shape[3]))
 
 
 @implement("graph_conv", _fake_forward)
@@ -206,7 +207,7 @@ def _forward(x: Tensor, values: Tensor, coefficients: Tensor, bias_map: Tensor |
 
 def _fake_dx(x: Tensor, dy: Tensor, values: Tensor, coefficients: Tensor, ptr: Tensor, source: Tensor, row_ptr: Tensor,
              input: Tensor, tap: Tensor, shape: list[int], block: list[int], need_coefficients: bool) -> tuple[Tensor, Tensor]:
-    return (x.new_empty(x.shape),
+    return (empty(x, x.shape),
             torch.empty_like(coefficients) if need_coefficients else coefficients.new_empty(0))
 
 

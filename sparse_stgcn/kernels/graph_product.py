@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _native
 from ._library import LIBRARY, implement
+from ._memory import empty
 from .dispatch import backend_for
 from .graph_conv import Support, support_of
 
@@ -78,7 +79,7 @@ def _adjacency(graphs: Tensor, ptr: Tensor | None, source: Tensor | None) -> lis
 
 
 def _fake(x: Tensor, graphs: Tensor, ptr: Tensor | None, source: Tensor | None) -> Tensor:
-    return x.new_empty((x.shape[0], _subsets(x, graphs, ptr) * x.shape[1], *x.shape[2:]))
+    return empty(x, (x.shape[0], _subsets(x, graphs, ptr) * x.shape[1], *x.shape[2:]))
 
 
 @implement("graph_product", _fake)
@@ -91,7 +92,7 @@ def _forward(x: Tensor, graphs: Tensor, ptr: Tensor | None, source: Tensor | Non
 
 def _fake_backward(dz: Tensor, x: Tensor, graphs: Tensor, ptr: Tensor | None, source: Tensor | None, need_graphs: bool
                    ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), graphs.new_empty(graphs.shape if need_graphs else (0,))
+    return empty(x, x.shape), graphs.new_empty(graphs.shape if need_graphs else (0,))
 
 
 @implement("graph_product_backward", _fake_backward)

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _native, reference_units
 from ._library import LIBRARY, implement
+from ._memory import empty
 from ._native import one_run, plane
 from .dispatch import runs_natively
 from .split import memory, place_of, spans
@@ -71,7 +72,7 @@ def spread_mean(xs: Sequence[Tensor], coef: Tensor) -> Tensor:
         coef: (V,).
 
     Returns:
-        (N, sum C_i, T, V), contiguous.
+        (N, sum C_i, T, V), contiguous. Stored for the backward pass: coef and x[n,c,t,V].
 
     Raises:
         ValueError: a shape does not fit.
@@ -128,24 +129,25 @@ class _AppendMean(torch.autograd.Function):
 class _SpreadMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, coef: Tensor, *xs: Tensor) -> Tensor:
-        ctx.save_for_backward(coef, *xs)
-        ctx.places = [place_of(x) for x in xs]
-        return _ops.spread_mean(xs, coef)
+        y, mean = _ops.spread_mean(xs, coef)
+        ctx.save_for_backward(coef, mean)
+        ctx.places = [(x.shape, place_of(x)) for x in xs]
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-        coef, *xs = ctx.saved_tensors
-        dxs = [memory(x, place) for x, place in zip(xs, ctx.places, strict=True)]
-        return _ops.spread_mean_backward(dy, xs, coef, dxs), *dxs
+        coef, mean = ctx.saved_tensors
+        dxs = [memory(dy, place, shape) for shape, place in ctx.places]
+        return _ops.spread_mean_backward(dy, mean, coef, dxs), *dxs
 
 
 LIBRARY.define("frame_mean(Tensor x) -> Tensor")
 LIBRARY.define("total(Tensor[] parts, Tensor? mean) -> Tensor")
 LIBRARY.define("append_mean(Tensor x) -> Tensor")
 LIBRARY.define("append_mean_backward(Tensor[] gradients) -> Tensor")
-LIBRARY.define("spread_mean(Tensor[] xs, Tensor coef) -> Tensor")
-LIBRARY.define("spread_mean_backward(Tensor dy, Tensor[] xs, Tensor coef, Tensor(a!)[] dxs) -> Tensor")
+LIBRARY.define("spread_mean(Tensor[] xs, Tensor coef) -> (Tensor, Tensor)")
+LIBRARY.define("spread_mean_backward(Tensor dy, Tensor mean, Tensor coef, Tensor(a!)[] dxs) -> Tensor")
 
 
 def _sizes(x: Tensor, more: int = 0) -> list[int]:
@@ -170,7 +172,7 @@ def _frame_mean(x: Tensor) -> Tensor:
 
 
 def _fake_total(parts: list[Tensor], mean: Tensor | None) -> Tensor:
-    return parts[0].new_empty(parts[0].shape)
+    return empty(parts[0], parts[0].shape)
 
 
 @implement("total", _fake_total)
@@ -183,7 +185,7 @@ def _total(parts: list[Tensor], mean: Tensor | None) -> Tensor:
 
 
 def _fake_append_mean(x: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:3], x.shape[3] + 1))
+    return empty(x, (*x.shape[:3], x.shape[3] + 1))
 
 
 @implement("append_mean", _fake_append_mean)
@@ -194,7 +196,7 @@ def _append_mean(x: Tensor) -> Tensor:
 
 
 def _fake_append_mean_backward(gradients: list[Tensor]) -> Tensor:
-    return gradients[0].new_empty(_sizes(gradients[0], 1))
+    return empty(gradients[0], _sizes(gradients[0], 1))
 
 
 @implement("append_mean_backward", _fake_append_mean_backward)
@@ -205,31 +207,32 @@ def _append_mean_backward(gradients: list[Tensor]) -> Tensor:
     return dx
 
 
-def _fake_spread_mean(xs: list[Tensor], coef: Tensor) -> Tensor:
+def _fake_spread_mean(xs: list[Tensor], coef: Tensor) -> tuple[Tensor, Tensor]:
     batch, _, frames, joints = xs[0].shape
-    return coef.new_empty((batch, sum(x.shape[1] for x in xs), frames, joints - 1))
+    shape = (batch, sum(x.shape[1] for x in xs), frames)
+    return empty(coef, (*shape, joints - 1)), coef.new_empty(shape)
 
 
 @implement("spread_mean", _fake_spread_mean)
-def _spread_mean(xs: list[Tensor], coef: Tensor) -> Tensor:
-    y, coef = _fake_spread_mean(xs, coef), coef.contiguous()
+def _spread_mean(xs: list[Tensor], coef: Tensor) -> tuple[Tensor, Tensor]:
+    (y, mean), coef = _fake_spread_mean(xs, coef), coef.contiguous()
     for x, (begin, end) in zip(map(one_run, xs), spans(x.shape[1] for x in xs), strict=True):
-        (source, target), strides = _planes([x, y[:, begin:end]])
-        _native.module.spread_mean(y.dtype == torch.float64, _sizes(x, 1), [source, coef.data_ptr(), target], strides,
+        (source, target, means), strides = _planes([x, y[:, begin:end], mean[:, begin:end]])
+        _native.module.spread_mean(y.dtype == torch.float64, _sizes(x, 1), [source, coef.data_ptr(), target, means], strides,
                                    torch.get_num_threads())
-    return y
+    return y, mean
 
 
-def _fake_spread_mean_backward(dy: Tensor, xs: list[Tensor], coef: Tensor, dxs: list[Tensor]) -> Tensor:
+def _fake_spread_mean_backward(dy: Tensor, mean: Tensor, coef: Tensor, dxs: list[Tensor]) -> Tensor:
     return coef.new_empty(coef.shape)
 
 
 @implement("spread_mean_backward", _fake_spread_mean_backward)
-def _spread_mean_backward(dy: Tensor, xs: list[Tensor], coef: Tensor, dxs: list[Tensor]) -> Tensor:
+def _spread_mean_backward(dy: Tensor, mean: Tensor, coef: Tensor, dxs: list[Tensor]) -> Tensor:
     dy, coef, total = one_run(dy), coef.contiguous(), torch.zeros(coef.shape, dtype=torch.float64)
-    for x, dx, (begin, end) in zip(map(one_run, xs), dxs, spans(x.shape[1] for x in xs), strict=True):
-        (gradient, source, target), strides = _planes([dy[:, begin:end], x, dx])
+    for dx, (begin, end) in zip(dxs, spans(dx.shape[1] for dx in dxs), strict=True):
+        (gradient, source, target), strides = _planes([dy[:, begin:end], mean[:, begin:end], dx])
         _native.module.spread_mean_backward(
-            dy.dtype == torch.float64, _sizes(x, 1),
+            dy.dtype == torch.float64, _sizes(dx, 1),
             [gradient, source, coef.data_ptr(), target, total.data_ptr()], strides, torch.get_num_threads())
     return total.to(coef.dtype, copy=True)

@@ -10,7 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from . import _native, reference
 from ._library import LIBRARY, implement
+from ._memory import empty
 from ._native import one_run, plane
+from .again import remember
 from .dispatch import backend_for
 from .split import memory, place_of, spans
 
@@ -33,7 +35,7 @@ def norm(xs: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float
         y (N, C, T, V), contiguous, and mean (C,) and unbiased variance (C,), without gradient, for running statistics.
 
     Stored for the backward pass: the arguments, mean and 1 / sqrt(var + eps); with a residual and a ReLU also y, which shows
-    where the ReLU is open. Without a residual that is computed again from x.
+    where the ReLU is open. Without a residual that is computed again from x, and so is y for ops behind it, see ``again``.
 
     Raises:
         ValueError: a shape does not fit, or there are fewer than two values per channel.
@@ -58,20 +60,24 @@ def norm(xs: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float
     if backend_for("norm", first.device, first.dtype) == "reference":
         y, mean, variance = reference.norm(xs, weight, bias, eps, residual, relu, relu_before)
         return y, mean.detach(), variance.detach()
-    return _Norm.apply(weight, bias, residual, eps, relu_before, relu, *xs)
+    y, mean, rstd, variance = _Norm.apply(weight, bias, residual, eps, relu_before, relu, *xs)
+    if residual is None:
+        arguments = [x.detach() for x in xs], weight.detach(), bias.detach(), mean, rstd, relu_before or relu
+        remember(y, lambda: torch.ops.sparse_stgcn.norm_again(*arguments))
+    return y, mean, variance
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, relu_before: bool,
-                relu: bool, *xs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                relu: bool, *xs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y, mean, rstd, variance = torch.ops.sparse_stgcn.norm(list(xs), weight, bias, residual, eps, relu_before, relu)
-        ctx.mark_non_differentiable(mean, variance)
+        ctx.mark_non_differentiable(mean, rstd, variance)
         ctx.places = [place_of(x) for x in xs]
         masked = relu and residual is not None
         ctx.open, ctx.residual = relu_before or (relu and residual is None), residual is not None
         ctx.save_for_backward(weight, bias, mean, rstd, y if masked else None, *xs)
-        return y, mean, variance
+        return y, mean, rstd, variance
 
     @staticmethod
     @once_differentiable
@@ -86,6 +92,7 @@ class _Norm(torch.autograd.Function):
 
 LIBRARY.define("norm(Tensor[] xs, Tensor weight, Tensor bias, Tensor? residual, float eps, bool relu_before, bool relu) "
                "-> (Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.define("norm_again(Tensor[] xs, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, bool relu) -> Tensor")
 LIBRARY.define("norm_backward(Tensor dy, Tensor[] xs, Tensor? y, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, "
                "bool open, Tensor(a!)[] dxs) -> (Tensor, Tensor, Tensor)")
 
@@ -94,29 +101,46 @@ def _fake_forward(xs: list[Tensor], weight: Tensor, bias: Tensor, residual: Tens
                   relu_before: bool, relu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = xs[0]
     mean, rstd, variance = (x.new_empty(weight.shape) for _ in range(3))
-    return x.new_empty((x.shape[0], weight.shape[0], x.shape[2], x.shape[3])), mean, rstd, variance
+    return empty(x, (x.shape[0], weight.shape[0], x.shape[2], x.shape[3])), mean, rstd, variance
 
 
 @implement("norm", _fake_forward)
 def _forward(xs: list[Tensor], weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float,
              relu_before: bool, relu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, *statistics = outputs = _fake_forward(xs, weight, bias, residual, eps, relu_before, relu)
+    outputs = _fake_forward(xs, weight, bias, residual, eps, relu_before, relu)
+    _run(xs, weight, bias, residual, eps, relu_before, relu, *outputs)
+    return outputs
+
+
+def _fake_again(xs: list[Tensor], weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, relu: bool) -> Tensor:
+    return _fake_forward(xs, weight, bias, None, 0.0, False, relu)[0]
+
+
+@implement("norm_again", _fake_again)
+def _again(xs: list[Tensor], weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, relu: bool) -> Tensor:
+    y = _fake_again(xs, weight, bias, mean, rstd, relu)
+    _run(xs, weight, bias, None, 0.0, False, relu, y, mean, rstd, None)
+    return y
+
+
+def _run(xs: list[Tensor], weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, relu_before: bool, relu: bool,
+         y: Tensor, mean: Tensor, rstd: Tensor, variance: Tensor | None) -> None:
+    """Writes y, and mean, rstd and variance, unless there is no variance to write: then the other two are given."""
     residual = None if residual is None else one_run(residual)
     vectors = [weight.contiguous(), bias.contiguous()]
     for x, (begin, end) in zip(map(one_run, xs), spans(x.shape[1] for x in xs), strict=True):
         part = lambda tensor: None if tensor is None else tensor[:, begin:end]  # noqa: B023  called within the turn
         planes = [plane(tensor) for tensor in (x, part(residual), part(y))]
-        small = [tensor[begin:end].data_ptr() for tensor in (*vectors, *statistics)]
+        small = [0 if tensor is None else tensor[begin:end].data_ptr() for tensor in (*vectors, mean, rstd, variance)]
         _native.module.norm_forward(
             x.dtype == torch.float64, [x.shape[0], x.shape[1], x.shape[2] * x.shape[3]],
             [planes[0][0], planes[1][0], *small[:2], planes[2][0], *small[2:]], [stride for _, stride in planes], eps,
             relu_before, relu, torch.get_num_threads())
-    return outputs
 
 
 def _fake_backward(dy: Tensor, xs: list[Tensor], y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
                    open: bool, dxs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    return dy.new_empty(0 if y is None else y.shape), torch.empty_like(mean), torch.empty_like(mean)
+    return empty(dy, (0,) if y is None else y.shape), torch.empty_like(mean), torch.empty_like(mean)
 
 
 @implement("norm_backward", _fake_backward)

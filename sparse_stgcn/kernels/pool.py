@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _native, reference_units
 from ._library import LIBRARY, implement
+from ._memory import empty
 from ._native import one_run, plane
 from .dispatch import backend_for
 from .split import memory, place_of
@@ -62,7 +63,7 @@ LIBRARY.define("max_pool_backward(Tensor dy, Tensor x, int stride, Tensor(a!) dx
 
 
 def _fake_forward(x: Tensor, stride: int) -> Tensor:
-    return x.new_empty((*x.shape[:2], (x.shape[2] - 1) // stride + 1, x.shape[3]))
+    return empty(x, (*x.shape[:2], (x.shape[2] - 1) // stride + 1, x.shape[3]))
 
 
 @implement("max_pool", _fake_forward)

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _native
 from ._library import LIBRARY, PATTERN_SCHEMA, Lasso, implement
+from ._memory import empty
 from .pattern import BlockPattern
 
 
@@ -61,7 +62,7 @@ def _shape(x: Tensor, shape: list[int]) -> list[int]:
 
 def _fake_forward(x: Tensor, values: Tensor, graphs: Tensor, offset: Tensor | None, row_ptr: Tensor, input: Tensor,
                   tap: Tensor, shape: list[int], block: list[int]) -> Tensor:
-    return x.new_empty((x.shape[0], shape[0], x.shape[2], x.shape[3]))
+    return empty(x, (x.shape[0], shape[0], x.shape[2], x.shape[3]))
 
 
 @implement("sample_graph_conv", _fake_forward)
@@ -78,7 +79,7 @@ def _forward(x: Tensor, values: Tensor, graphs: Tensor, offset: Tensor | None, r
 
 def _fake_dx(x: Tensor, dy: Tensor, values: Tensor, graphs: Tensor, row_ptr: Tensor, input: Tensor, tap: Tensor,
              shape: list[int], block: list[int], need_graphs: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), graphs.new_empty(graphs.shape if need_graphs else (0,))
+    return empty(x, x.shape), graphs.new_empty(graphs.shape if need_graphs else (0,))
 
 
 @implement("sample_graph_conv_dx", _fake_dx)

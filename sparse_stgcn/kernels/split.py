@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ._memory import empty
 from .dispatch import runs_natively
 
 __all__ = ["Place", "memory", "place_of", "spans", "split"]
@@ -46,13 +47,13 @@ class _Whole:
     """The gradient of a split tensor, from the first op that writes a part of it to the split's own backward pass."""
 
     def __init__(self, y: Tensor, where: Sequence[Span]) -> None:
-        self.shape, self.dtype, self.spans = y.shape, y.dtype, list(where)
+        self.shape, self.like, self.spans = y.shape, y.detach().new_empty(0), list(where)
         self.buffer: Tensor | None = None
         self.taken: set[int] = set()
 
     def part(self, index: int) -> Tensor:
         if self.buffer is None:
-            self.buffer = torch.empty(self.shape, dtype=self.dtype)
+            self.buffer = empty(self.like, self.shape)
         begin, end = self.spans[index]
         return self.buffer[:, begin:end]
 
@@ -96,10 +97,10 @@ def place_of(x: Tensor) -> Place | None:
     return None if torch.compiler.is_compiling() else _places.get(x)
 
 
-def memory(x: Tensor, place: Place | None) -> Tensor:
-    """Memory for the gradient of x: its place, unless that is taken, or a contiguous tensor."""
+def memory(x: Tensor, place: Place | None, shape: Sequence[int] | None = None) -> Tensor:
+    """Memory for the gradient of x, or of a tensor of this ``shape``: its place, unless that is taken, or a new tensor."""
     taken = None if place is None else place.whole.take(place.part)
-    return x.new_empty(x.shape) if taken is None else taken
+    return empty(x, x.shape if shape is None else shape) if taken is None else taken
 
 
 class _Split(torch.autograd.Function):

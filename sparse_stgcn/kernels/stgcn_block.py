@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _native
 from ._library import LIBRARY, check_values, implement
+from ._memory import empty
 from .dispatch import backend_for
 from .graph_conv import Support, graph_conv, prepare
 from .norm import norm
@@ -139,8 +140,8 @@ def _arguments(x: Tensor, frames: int, index: list[Tensor], sizes: list[int], gr
 def _fake_forward(x: Tensor, residual: Tensor | None, graph_values: Tensor, coefficients: Tensor, bias_map: Tensor | None,
                   temporal_values: Tensor, temporal_bias: Tensor | None, weight1: Tensor, shift1: Tensor, weight2: Tensor,
                   shift2: Tensor, index: list[Tensor], sizes: list[int], eps: list[float], identity: bool) -> list[Tensor]:
-    z = x.new_empty((x.shape[0], sizes[0], x.shape[2], x.shape[3]))
-    out, y = (x.new_empty((x.shape[0], sizes[5], out_frames(x.shape[2], sizes[10]), x.shape[3])) for _ in range(2))
+    z = empty(x, (x.shape[0], sizes[0], x.shape[2], x.shape[3]))
+    out, y = (empty(x, (x.shape[0], sizes[5], out_frames(x.shape[2], sizes[10]), x.shape[3])) for _ in range(2))
     return [out, z, y, *(x.new_empty(c) for c in (sizes[0], sizes[5]) for _ in range(3))]
 
 
@@ -164,7 +165,7 @@ def _fake_backward(dout: Tensor, x: Tensor, z: Tensor, y: Tensor, out: Tensor, m
                    rstd2: Tensor, graph_values: Tensor, coefficients: Tensor, bias_map: Tensor | None, temporal_values: Tensor,
                    temporal_bias: Tensor | None, weight1: Tensor, shift1: Tensor, weight2: Tensor, shift2: Tensor,
                    index: list[Tensor], sizes: list[int], identity: bool, need_coefficients: bool) -> list[Tensor]:
-    like = lambda t: x.new_empty(0 if t is None else t.shape)
+    like = lambda t: empty(x, (0,) if t is None else t.shape)
     return [like(t) for t in (x, y, graph_values, coefficients if need_coefficients else None, bias_map, temporal_values,
                               temporal_bias, weight1, shift1, weight2, shift2)]
 
@@ -178,7 +179,7 @@ def _backward(dout: Tensor, x: Tensor, z: Tensor, y: Tensor, out: Tensor, mean1:
                                temporal_values, temporal_bias, weight1, shift1, weight2, shift2, index, sizes, identity,
                                need_coefficients)
     dx, g, dgraph, dcoef, dbias_map, dtemporal, dbias, dweight1, dshift1, dweight2, dshift2 = gradients
-    x, dz = x.contiguous(), torch.empty_like(z)
+    x, dz = x.contiguous(), empty(z, z.shape)
     saved = [None if t is None else t.contiguous() for t in (
         x, None, graph_values, coefficients, bias_map, temporal_values, temporal_bias, weight1, shift1, mean1, rstd1, None,
         weight2, shift2, mean2, rstd2, None, z, y, out)]

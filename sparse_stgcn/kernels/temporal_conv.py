@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _native, reference
 from ._library import LIBRARY, PATTERN_SCHEMA, Lasso, check_values, implement
+from ._memory import empty
 from .dispatch import backend_for
 from .pattern import BlockPattern
 
@@ -102,7 +103,7 @@ LIBRARY.define(f"pointwise_conv_backward(Tensor x, Tensor dy, Tensor values, Ten
 
 def _fake_forward(x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, input: Tensor, tap: Tensor,
                   shape: list[int], block: list[int], stride: int, dilation: int) -> Tensor:
-    return x.new_empty((x.shape[0], shape[0], out_frames(x.shape[2], stride), x.shape[3]))
+    return empty(x, (x.shape[0], shape[0], out_frames(x.shape[2], stride), x.shape[3]))
 
 
 @implement("temporal_conv", _fake_forward)
@@ -119,7 +120,7 @@ def _forward(x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, in
 
 def _fake_dx(dy: Tensor, values: Tensor, row_ptr: Tensor, input: Tensor, tap: Tensor, shape: list[int], block: list[int],
              stride: int, dilation: int, frames: int) -> Tensor:
-    return dy.new_empty((dy.shape[0], shape[1], frames, dy.shape[3]))
+    return empty(dy, (dy.shape[0], shape[1], frames, dy.shape[3]))
 
 
 @implement("temporal_conv_dx", _fake_dx)
@@ -154,7 +155,7 @@ def _dw(x: Tensor, dy: Tensor, values: Tensor, masked: Tensor | None, scale: Ten
 
 def _fake_pointwise(x: Tensor, dy: Tensor, values: Tensor, masked: Tensor | None, scale: Tensor | None, row_ptr: Tensor,
                     input: Tensor, tap: Tensor, shape: list[int], block: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), torch.empty_like(values, memory_format=torch.contiguous_format), values.new_empty(shape[0])
+    return empty(x, x.shape), torch.empty_like(values, memory_format=torch.contiguous_format), values.new_empty(shape[0])
 
 
 @implement("pointwise_conv_backward", _fake_pointwise)

@@ -5,6 +5,8 @@ import ctypes
 import mmap
 from pathlib import Path
 
+from ..kernels import use_pool
+
 __all__ = ["keep_freed_memory"]
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of glibc's mallopt
@@ -12,13 +14,15 @@ _USUAL_PAD, _HUGE_PAGE = 128 * 1024, 2 * 1024 * 1024
 
 
 def keep_freed_memory(limit: int = 2**31 - 1) -> bool:
-    """Let glibc's malloc keep up to ``limit`` freed bytes instead of returning them after every layer.
+    """Keep freed memory for the next layer: large results of this package's ops in blocks of their own (``kernels.use_pool``),
+    and up to ``limit`` bytes of all else in glibc's malloc.
 
     Activations of 10 MB are otherwise unmapped and mapped again many times in a step, and each of their pages is a fault and
     a page of zeros to write: up to 110 thousand faults in a step of an ST-GCN. Half of ``limit`` is reserved, not
     used, in huge pages where Linux offers them ("madvise"). For the whole process. True if the C library has the
     setting, which glibc alone does.
     """
+    use_pool(True)
     try:
         libc = ctypes.CDLL(None)
         mallopt = libc.mallopt

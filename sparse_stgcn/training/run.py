@@ -250,7 +250,7 @@ def dataset(config: TrainConfig, archive: Archive, split: str, train: bool) -> S
     return SkeletonDataset(
         archive, split, config.stream, config.clip_len or 1, config.eval_clips, train, config.seed,
         config.num_person, config.align, (config.rotate or 0.0) if train else 0.0, (config.scale or 0.0) if train else 0.0,
-        config.missing)
+        config.missing, config.sampler, box=config.box)
 
 
 def test_set(config: TrainConfig, archive: Archive) -> SkeletonDataset:
@@ -306,7 +306,8 @@ def protocol(config: TrainConfig, archive: Archive) -> dict[str, Any]:
     return {"data": archive.name, "split": archive.info.get("split"), "backbone": config.backbone,
             "sparsity": config.sparsity, "stream": config.stream, "clips": config.eval_clips,
             "clip_len": config.clip_len, "num_person": config.num_person, "persons": archive.num_persons, "align": config.align,
-            "missing": config.missing, "layout": archive.skeleton.name, "coordinates": int(archive.keypoint.shape[-1]),
+            "box": config.box, "sampler": config.sampler, "missing": config.missing, "layout": archive.skeleton.name,
+            "coordinates": int(archive.keypoint.shape[-1]),
             "fps": archive.info.get("fps"), "average": "softmax, then mean over clips"}
 
 

@@ -131,4 +131,4 @@ def _part(data: SkeletonDataset, members: np.ndarray, train: bool) -> SkeletonDa
     """The same clips of a part of a data set's sequences, at random or fixed."""
     return SkeletonDataset(data.archive, members, data.stream, data.clip_len, 1, train, data.seed, data.num_person,
                            data.preparation.align, data.rotate if train else 0.0, data.scale if train else 0.0,
-                           data.preparation.missing)
+                           data.preparation.missing, data.preparation.sampler, box=data.preparation.box)
