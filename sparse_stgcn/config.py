@@ -79,7 +79,8 @@ class TrainConfig:
     align: bool = True
     """Turn 3D bodies upright and facing one way."""
     box: bool = False
-    """Scale each axis of a sequence so that its joints span [-1, 1], after a random turn."""
+    """Scale each axis of a sequence so that its joints span [-1, 1]; in 3D after the random turn, so that --scale is without
+    effect."""
     sampler: str = "uniform"
     """How frames are drawn: uniform (PYSKL's; a short sequence begins again), decode (the same, its other test clips), or
     ordered (with repetition, in order of time: a short sequence is stretched)."""
