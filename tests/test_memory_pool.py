@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 
 import pytest
 import torch
@@ -46,6 +47,23 @@ def test_another_size_does_not_double_the_memory() -> None:
     held.clear()
     pool.empty((1,), torch.uint8)
     assert pool.live <= 4 * MB
+
+
+def test_threads_do_not_get_one_block_at_once() -> None:
+    pool, wrong = Pool(), []
+
+    def work(number: int) -> None:
+        for turn in range(150):
+            x = pool.empty((MB + 4096 * (turn % 3),), torch.uint8).fill_(number)
+            y = pool.empty((MB,), torch.uint8).fill_(number + 8)
+            wrong.extend([turn] if (x != number).any() or (y != number + 8).any() else [])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and pool.total <= 10 * MB
 
 
 def test_only_large_tensors_on_the_cpu_come_from_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -48,6 +49,7 @@ class Pool:
 
     def __init__(self) -> None:
         self.total = self.live = self.most = self._made = 0
+        self._lock = threading.Lock()
         self._free: dict[int, list[_Block]] = {}  # size -> blocks; the sizes used last are at the end
         self._leases: dict[int, weakref.ref] = {}
         self._back: deque[_Block] = deque()  # a tensor can die at any time: blocks wait here until the next one is made
@@ -55,20 +57,21 @@ class Pool:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor with any values, whose block is free when its storage dies."""
         count = math.prod(shape)
-        while self._back:
-            back = self._back.popleft()
-            self.live -= back.size
-            self._free.setdefault(back.size, []).append(back)
-        block = self._take(-(-count * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE)
-        self.live += block.size
-        self.most = max(self.most, self.live)
-        self._made += 1
-        view = memoryview(block.map)[block.first + self._made * _STEP % mmap.PAGESIZE:]
-        self._watch(view, block)
+        with self._lock:
+            while self._back:
+                back = self._back.popleft()
+                self.live -= back.size
+                self._free.setdefault(back.size, []).append(back)
+            block = self._take(-(-count * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE)
+            self.live += block.size
+            self.most = max(self.most, self.live)
+            self._made += 1
+            view = memoryview(block.map)[block.first + self._made * _STEP % mmap.PAGESIZE:]
+            self._watch(view, block)
         return torch.frombuffer(view, dtype=dtype, count=count).view(tuple(shape))
 
     def _watch(self, view: memoryview, block: _Block) -> None:
-        def freed(_: weakref.ref) -> None:  # the tensor's storage held the view
+        def freed(_: weakref.ref) -> None:  # the tensor's storage held the view; within any statement, so without the lock
             self._leases.pop(id(block), None)
             self._back.append(block)
 
