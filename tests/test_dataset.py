@@ -9,8 +9,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from sparse_stgcn import create_model
 from sparse_stgcn.data import Archive, SkeletonDataset
 from sparse_stgcn.data import transforms as tf
+from sparse_stgcn.data.causal import CausalPreparation
+from sparse_stgcn.data.preparation import Preparation
+from sparse_stgcn.errors import UserError
+from sparse_stgcn.inputs import InputFormat
 from sparse_stgcn.skeleton import Skeleton
 
 NTU, COCO = Skeleton.load("nturgb+d"), Skeleton.load("coco")
@@ -142,6 +147,20 @@ def test_a_box_of_image_coordinates_is_that_of_the_visible_joints() -> None:
     data = SkeletonDataset(base, "test", clip_len=20, train=False, box=True)
     seen = data.sequence(2)[:, :, [v for v in range(17) if v != 3], :2].reshape(-1, 2)
     np.testing.assert_allclose([seen.min(0), seen.max(0)], [[-1, -1], [1, 1]], atol=1e-6)
+
+
+def test_a_network_file_says_how_its_input_is_made_and_a_box_is_not_streamed() -> None:
+    data = SkeletonDataset(archive(), "test", clip_len=20, num_clips=3, train=False, box=True, sampler="ordered")
+    protocol = {"clip_len": 20, "clips": 3, "align": True, "box": True, "sampler": "ordered", "persons": 2}
+    inputs = InputFormat.of(create_model("stgcn", 2, base_channels=8), {"protocol": protocol})
+    assert inputs.preparation == data.preparation
+    features = inputs.features(data.archive.read(int(data.members[1]))[0])
+    np.testing.assert_array_equal(features, data.sequence(1))
+    frames = inputs.preparation.test_frames(features.shape[1])
+    np.testing.assert_array_equal(inputs.preparation.clips(features, frames), data[1][0])
+    with pytest.raises(UserError, match="--rolling"):
+        CausalPreparation(inputs.preparation, flat=False)
+    CausalPreparation(Preparation(NTU, sampler="ordered"), flat=False)
 
 
 def test_ordered_test_clips_begin_with_even_frames() -> None:

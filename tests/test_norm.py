@@ -150,6 +150,7 @@ def test_opcheck_and_fullgraph():
     xs, weight, bias, residual, dy = arguments("joined", torch.float32)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.sparse_stgcn.norm, (xs, weight, bias, residual, 1e-5, True, True), test_utils=tests)
+    torch.library.opcheck(torch.ops.sparse_stgcn.norm_again, (xs, weight, bias, weight, weight.abs(), True), test_utils=tests)
     y, mean, rstd, _ = torch.ops.sparse_stgcn.norm(xs, weight, bias, residual, 1e-5, True, True)
     for saved in (y, None):
         dxs = [torch.empty_like(x) for x in xs]
