@@ -39,7 +39,7 @@ class SweepConfig:
     runs: OptionalStr = None
     """Directory of the work directories. Default: runs/ and the name of the grid."""
     out: str = "results"
-    """Directory of the results: NAME.json, NAME.md, NAME_TABLE.csv, NAME_FIGURE.png."""
+    """Directory of the results: NAME.json, NAME.md, NAME_TABLE.csv, NAME_FIGURE.png, and NAME_scores/ for combinations."""
     time_limit: OptionalFloat = None
     """Minutes after which runs are stopped; the next call goes on with them."""
     jobs: OptionalInt = None
@@ -51,7 +51,7 @@ class SweepConfig:
     only: OptionalStr = None
     """Names of the runs to run, with * and ?, e.g. 'stgcn*seed0'."""
     again: bool = False
-    """Also run what is recorded in NAME.json but has no work directory here; combinations need the directories."""
+    """Also run what is recorded in NAME.json but has no work directory here."""
     list: bool = False
     """Show the state of every run, and stop."""
     report: bool = False
@@ -127,7 +127,7 @@ def report(grid: Grid, root: Path, out: Path) -> None:
     with validating("--out"):
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"{grid.name}.json"
-        entries = collect.collect(grid, root, collect.read(path))
+        entries = collect.collect(grid, root, collect.read(path), out / f"{grid.name}_scores")
         if not entries:
             print("results   none yet")
             return

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import doctest
+import pickle
 
 import pytest
 import torch
@@ -68,6 +70,13 @@ def test_digest_tells_patterns_apart():
 def test_bad_blocks_are_refused(live, message):
     with pytest.raises((TypeError, ValueError), match=message):
         BlockPattern.from_blocks(live, (4, 4, 1), (2, 2))
+
+
+def test_copies_of_a_network_share_its_patterns():
+    model = torch.nn.Module()
+    model.pattern = random_pattern((16, 8, 3), (8, 1), 0.5)
+    assert copy.deepcopy(model).pattern is model.pattern
+    assert pickle.loads(pickle.dumps(model.pattern)).digest() == model.pattern.digest()
 
 
 def test_bad_sizes_are_refused():

@@ -236,7 +236,8 @@ def test_a_sweep_trains_combines_tabulates_and_draws(tmp_path, monkeypatch, caps
     assert entries[2]["test"]["top1"] == (mean.argmax(1) == scores[0].label).mean()
     assert entries[2]["weights"]["maskable_kept"] == sum(e["weights"]["maskable_kept"] for e in entries[:2])
     assert {p.name for p in Path("results").iterdir()} == {
-        "small.json", "small.md", "small_levels.csv", "small_levels.png", "small_training.png", "small_violin.png"}
+        "small.json", "small.md", "small_levels.csv", "small_levels.png", "small_scores", "small_training.png",
+        "small_violin.png"}
     # Without the work directories the committed JSON gives the same tables again, and nothing is lost.
     before = Path("results/small.md").read_text()
     assert run(sweep.main, ["small.yaml", "--report", "--runs", "elsewhere"]) == 0
@@ -260,6 +261,36 @@ def test_a_sweep_trains_combines_tabulates_and_draws(tmp_path, monkeypatch, caps
     (tmp_path / "small.yaml").write_text(content)
     assert run(sweep.main, ["small.yaml", "--list", "--runs", "elsewhere"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "runs      3 missing of 3"
+
+
+def test_members_of_a_combination_may_be_trained_in_different_places(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny.write_npz(tmp_path / "tiny.npz")
+    monkeypatch.setenv("SPARSE_STGCN_DATA", ".")
+    grid(tmp_path / "g.yaml", runs=[{"sparsity": [0, 0.5, 0.8]}],
+         combine=[{"name": "e", "over": "sparsity", "values": [0.5, 0.8]}])
+    for place, runs in (("here", "*0.5*"), ("there", "*0.8*"), ("there", "*dense*")):
+        assert run(sweep.main, ["g.yaml", "--threads", "1", "--runs", place, "--only", runs]) == 0
+    entries = {e["config"]["sparsity"]: e for e in collect.read(Path("results/g.json"))}
+    files = sorted(Path("results/g_scores").iterdir())
+    assert [f.stem for f in files] == [entries[level]["name"] for level in (0.5, 0.8)]  # the dense run has no part in it
+    mean = sum(Scores.load(f).probability for f in files) / 2
+    np.testing.assert_allclose(entries["e"]["confidence"]["max_probability"], np.sort(mean.max(1)), atol=6e-5)
+    # An entry from before an option existed is a member still.
+    results = json.loads(Path("results/g.json").read_text())
+    results["entries"] = [e for e in results["entries"] if "members" not in e]
+    del results["entries"][-1]["config"]["precision"]
+    Path("results/g.json").write_text(json.dumps(results))
+    assert run(sweep.main, ["g.yaml", "--report", "--runs", "nowhere"]) == 0
+    again = {e["config"]["sparsity"]: e for e in collect.read(Path("results/g.json"))}
+    assert again["e"] == entries["e"]
+    # Scores of another training under the same name are no member.
+    files[0].write_bytes(files[1].read_bytes())
+    results["entries"][0]["test"]["top1"] = results["entries"][1]["test"]["top1"] = 0.123
+    Path("results/g.json").write_text(json.dumps(results))
+    capsys.readouterr()
+    assert run(sweep.main, ["g.yaml", "--report", "--runs", "nowhere"]) == 2
+    assert "to hold the scores of the recorded run, top-1 0.1230" in capsys.readouterr().err
 
 
 def test_members_of_a_combination_agree_in_everything_else(tmp_path):

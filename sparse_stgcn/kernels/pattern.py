@@ -85,6 +85,10 @@ class BlockPattern:
         rows, cols = -(-shape[0] // block[0]), -(-shape[1] // block[1])
         return cls.from_blocks(torch.ones(rows, cols, shape[2], dtype=torch.bool), shape, block)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> BlockPattern:
+        """Itself: a pattern never changes, and copies of a network share it."""
+        return self
+
     @property
     def num_blocks(self) -> int:
         """Number of live blocks (nnz)."""

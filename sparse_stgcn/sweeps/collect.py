@@ -31,22 +31,50 @@ QUANTILES = 1000
 _LEFT_OUT = ("work_dir", "device", "threads", "workers", "tensorboard")
 
 
-def collect(grid: Grid, root: Path, before: Sequence[Entry] = ()) -> list[Entry]:
-    """Entries of all finished runs under ``root`` and of the combinations whose members are finished.
+def collect(grid: Grid, root: Path, before: Sequence[Entry] = (), kept: Path | None = None) -> list[Entry]:
+    """Entries of all finished runs under ``root`` and of the combinations whose members are finished: runs first.
 
-    ``before`` are entries of an earlier call: those that cannot be made again here are kept.
+    Args:
+        before: entries of an earlier call: those that cannot be made again here are kept.
+        kept: directory of the scores of runs that a combination may use: those of finished runs are copied to it, and those
+            of runs in ``before`` are read from it, so that members may be trained in different places.
     """
     made: dict[str, Entry] = {}
     scores: dict[str, Scores] = {}
+    combinable: dict[str, Entry] = {}
     for run in grid.runs:
+        needed = kept is not None and any(run.config.to_dict()[c.over] in c.values for c in grid.combine)
+        file = root / run.name / "scores.npz"
         if status(run, root).state == "finished":
-            made[run.name] = _entry(run, root / run.name)
-            scores[run.name] = Scores.load(root / run.name / "scores.npz")
+            combinable[run.name] = made[run.name] = _entry(run, root / run.name)
+            scores[run.name] = Scores.load(file)
+            if needed and kept is not None:
+                kept.mkdir(parents=True, exist_ok=True)
+                write_atomically(kept / f"{run.name}.npz", file.read_bytes())
+        elif needed and kept is not None and (entry := recorded(run, before)) and (kept / f"{run.name}.npz").exists():
+            options = {key: value for key, value in run.config.to_dict().items() if key not in _LEFT_OUT}
+            combinable[run.name] = {**entry, "config": {**options, **entry["config"]}}
+            scores[run.name] = _kept_scores(kept / f"{run.name}.npz", entry)
     for combine in grid.combine:
-        for members in _groups(combine, list(made.values())):
+        for members in _groups(combine, list(combinable.values())):
             entry, fused = _combined(combine, members, [scores[member["name"]] for member in members])
-            made[entry["name"]], scores[entry["name"]] = entry, fused
-    return list(made.values()) + [entry for entry in before if entry["name"] not in made]
+            combinable[entry["name"]] = made[entry["name"]] = entry
+            scores[entry["name"]] = fused
+    place = {run.name: index for index, run in enumerate(grid.runs)}
+    everything = {entry["name"]: entry for entry in before} | made
+    return sorted(everything.values(), key=lambda entry: place.get(entry["name"], len(place)))
+
+
+def _kept_scores(path: Path, entry: Entry) -> Scores:
+    try:
+        scores = Scores.load(path)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    top1 = scores.metrics()["top1"]
+    if abs(top1 - entry["test"]["top1"]) > 1e-9:
+        raise UserError(f"Expected {path} to hold the scores of the recorded run, top-1 {entry['test']['top1']:.4f}. "
+                        f"Got top-1 {top1:.4f}; remove the file, or run {entry['name']} again with --again.")
+    return scores
 
 
 def matches(entry: Entry, wanted: Mapping[str, Any]) -> bool:
