@@ -1,17 +1,26 @@
 """Checks with an instruction set forced, in a process of its own: it is chosen once, when the native module is imported."""
 from __future__ import annotations
 
+import io
 import os
-import subprocess
-import sys
+from contextlib import redirect_stdout, suppress
 
 import pytest
+
+from tests import apart
 
 
 def run(isa: str, probe: str) -> None:
     """Run the source ``probe``, with {isa!r} in it, under SPARSE_STGCN_ISA=isa: it has to print OK, or SKIP and why."""
-    done = subprocess.run([sys.executable, "-c", probe.format(isa=isa)], env={**os.environ, "SPARSE_STGCN_ISA": isa},
-                          capture_output=True, text=True, timeout=300)
-    if done.stdout.startswith("SKIP"):
-        pytest.skip(f"this processor has no {isa}: {done.stdout[5:].strip()}")
-    assert done.returncode == 0 and done.stdout.strip() == "OK", done.stdout + done.stderr
+    said = apart.call(_execute, isa, probe.format(isa=isa))
+    if said.startswith("SKIP"):
+        pytest.skip(f"this processor has no {isa}: {said[5:].strip()}")
+    assert said.strip() == "OK", said
+
+
+def _execute(isa: str, source: str) -> str:
+    os.environ["SPARSE_STGCN_ISA"] = isa
+    said = io.StringIO()
+    with redirect_stdout(said), suppress(SystemExit):
+        exec(compile(source, "probe", "exec"), {"__name__": "__main__"})
+    return said.getvalue()
