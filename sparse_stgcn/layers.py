@@ -218,10 +218,10 @@ def unwatched(module: nn.Module) -> bool:
 
 
 def normalise(bns: nn.Module | Sequence[nn.Module], xs: Tensor | Sequence[Tensor], residual: Tensor | None = None,
-              relu: bool = False, relu_before: bool = False) -> Tensor:
+              relu: bool = False, relu_before: bool = False, elsewhere: bool = False) -> Tensor:
     """relu(cat(bn_i(x_i)) + residual): batch norms, residual and ReLU of a unit, (N, C_i, T, V) -> (N, sum C_i, T, V).
 
-    With ``relu_before`` there is also a ReLU between norm and residual.
+    With ``relu_before`` there is also a ReLU between norm and residual. ``elsewhere``: see ``kernels.norm``.
 
     In training mode on a CPU it is one pass, see ``kernels.norm``, with the running statistics of ``nn.BatchNorm2d``;
     elsewhere PyTorch's own layers run one after the other.
@@ -229,7 +229,7 @@ def normalise(bns: nn.Module | Sequence[nn.Module], xs: Tensor | Sequence[Tensor
     norms = [bns] if isinstance(bns, nn.Module) else list(bns)
     tensors = [xs] if isinstance(xs, Tensor) else list(xs)
     if all(norm_fuses(bn, x) for bn, x in zip(norms, tensors, strict=True)) and len({bn.eps for bn in norms}) == 1:
-        return _fused(norms, tensors, residual, relu, relu_before)  # type: ignore[arg-type]
+        return _fused(norms, tensors, residual, relu, relu_before, elsewhere)  # type: ignore[arg-type]
     parts = [bn(x) for bn, x in zip(norms, tensors, strict=True)]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     y = F.relu(y) if relu_before else y
@@ -247,10 +247,10 @@ def norm_fuses(bn: nn.Module, x: Tensor) -> bool:
 
 
 def _fused(norms: list[nn.BatchNorm2d], xs: list[Tensor], residual: Tensor | None, relu: bool,
-           relu_before: bool) -> Tensor:
+           relu_before: bool, elsewhere: bool) -> Tensor:
     join = lambda tensors: tensors[0] if len(tensors) == 1 else torch.cat(tensors)
     weight, bias = join([bn.weight for bn in norms]), join([bn.bias for bn in norms])
-    y, mean, variance = norm(xs, weight, bias, norms[0].eps, residual, relu, relu_before)
+    y, mean, variance = norm(xs, weight, bias, norms[0].eps, residual, relu, relu_before, elsewhere)
     widths = [bn.num_features for bn in norms]
     for bn, batch_mean, batch_variance in zip(norms, mean.split(widths), variance.split(widths), strict=True):
         track(bn, batch_mean, batch_variance)

@@ -44,7 +44,7 @@ class GroupGraphUnit(nn.Module):
         x1, x2, inner = grouped(self.conv1(mean)[:, :, 0]), grouped(self.conv2(mean)[:, :, 0]), self.pre(x)
         with again(inner):
             y = dg_aggregate(grouped(inner), x1, x2, self.alpha[0], self.beta[0], self.A)
-        return normalise(self.bn, self.post(y.flatten(1, 2)), self.down(for_shortcut), relu=True)
+        return normalise(self.bn, self.post(y.flatten(1, 2)), self.down(for_shortcut), relu=True, elsewhere=True)
 
 
 class DGSTGCN(Backbone):

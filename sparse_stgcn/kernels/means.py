@@ -16,6 +16,7 @@ from ._library import LIBRARY, implement
 from ._memory import empty
 from ._native import one_run, plane
 from .dispatch import runs_natively
+from .elsewhere import stand_in
 from .split import memory, place_of, spans
 
 __all__ = ["append_mean", "share", "spread_mean"]
@@ -61,7 +62,9 @@ def append_mean(x: Tensor, count: int = 1) -> tuple[Tensor, ...]:
     _check(x, count)
     if not runs_natively("append_mean", x):
         return reference_units.append_mean(x, count)
-    return _AppendMean.apply(x, count)
+    parts = _AppendMean.apply(x, count)
+    stand_in(x, parts[0][..., :-1])
+    return parts
 
 
 def spread_mean(xs: Sequence[Tensor], coef: Tensor) -> Tensor:

@@ -14,13 +14,15 @@ from ._memory import empty
 from ._native import one_run, plane
 from .again import remember
 from .dispatch import backend_for
+from .elsewhere import Stored, replaceable
+from .elsewhere import remember as stored_as
 from .split import memory, place_of, spans
 
 __all__ = ["norm"]
 
 
 def norm(xs: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float = 1e-5, residual: Tensor | None = None,
-         relu: bool = False, relu_before: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+         relu: bool = False, relu_before: bool = False, elsewhere: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Batch norm with the statistics of the batch, ReLU (``relu_before``), plus residual, ReLU (``relu``).
 
     y = relu(weight (x - mean) / sqrt(var + eps) + bias + residual), x the channels of ``xs`` one after the other: branches are
@@ -30,12 +32,14 @@ def norm(xs: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float
         xs: (N, C, T, V), or several (N, C_i, T, V) with sum C_i = C; samples and channels may have any strides.
         weight, bias: (C,).
         residual: (N, C, T, V) or None.
+        elsewhere: y goes on only as a part of another tensor, which may be stored in place of it, see ``elsewhere``.
 
     Returns:
         y (N, C, T, V), contiguous, and mean (C,) and unbiased variance (C,), without gradient, for running statistics.
 
     Stored for the backward pass: the arguments, mean and 1 / sqrt(var + eps); with a residual and a ReLU also y, which shows
-    where the ReLU is open. Without a residual that is computed again from x, and so is y for ops behind it, see ``again``.
+    where the ReLU is open, or what stands for it (``elsewhere``). Without a residual that is computed again from x, and so is y
+    for ops behind it, see ``again``.
 
     Raises:
         ValueError: a shape does not fit, or there are fewer than two values per channel.
@@ -60,21 +64,29 @@ def norm(xs: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float
     if backend_for("norm", first.device, first.dtype) == "reference":
         y, mean, variance = reference.norm(xs, weight, bias, eps, residual, relu, relu_before)
         return y, mean.detach(), variance.detach()
-    y, mean, rstd, variance = _Norm.apply(weight, bias, residual, eps, relu_before, relu, *xs)
+    arguments = weight, bias, residual, eps, relu_before, relu
+    if elsewhere and relu and residual is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        with replaceable() as stored:
+            y, mean, _, variance = _Norm.apply(*arguments, stored, *xs)
+        stored_as(y, stored)
+        return y, mean, variance
+    y, mean, rstd, variance = _Norm.apply(*arguments, None, *xs)
     if residual is None:
-        arguments = [x.detach() for x in xs], weight.detach(), bias.detach(), mean, rstd, relu_before or relu
-        remember(y, lambda: torch.ops.sparse_stgcn.norm_again(*arguments))
+        again = [x.detach() for x in xs], weight.detach(), bias.detach(), mean, rstd, relu_before or relu
+        remember(y, lambda: torch.ops.sparse_stgcn.norm_again(*again))
     return y, mean, variance
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, relu_before: bool,
-                relu: bool, *xs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                relu: bool, stored: Stored | None, *xs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y, mean, rstd, variance = torch.ops.sparse_stgcn.norm(list(xs), weight, bias, residual, eps, relu_before, relu)
         ctx.mark_non_differentiable(mean, rstd, variance)
         ctx.places = [place_of(x) for x in xs]
         masked = relu and residual is not None
+        if stored is not None:
+            stored.memory = y.data_ptr()
         ctx.open, ctx.residual = relu_before or (relu and residual is None), residual is not None
         ctx.save_for_backward(weight, bias, mean, rstd, y if masked else None, *xs)
         return y, mean, rstd, variance
@@ -87,7 +99,7 @@ class _Norm(torch.autograd.Function):
         dresidual, dweight, dbias = torch.ops.sparse_stgcn.norm_backward(dy, xs, y, weight, bias, mean, rstd, ctx.open, dxs)
         if ctx.residual and y is None:
             dresidual = dy
-        return dweight, dbias, dresidual if ctx.residual else None, None, None, None, *dxs
+        return dweight, dbias, dresidual if ctx.residual else None, None, None, None, None, *dxs
 
 
 LIBRARY.define("norm(Tensor[] xs, Tensor weight, Tensor bias, Tensor? residual, float eps, bool relu_before, bool relu) "
