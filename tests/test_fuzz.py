@@ -18,9 +18,7 @@ from tests import apart
 FILES = 30
 
 
-# A worker's audit hook stays in its process, and every later call of id() there goes through it.
-
-
+# This and deeds run apart: an audit hook stays in its process, and every later call of id() there goes through it.
 def damaged(name: str, folder: Path) -> dict[str, Any]:
     return Worker(name, TARGETS[name], folder, limited=False).run(FILES, seed=1, keep=None)
 
