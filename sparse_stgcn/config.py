@@ -146,7 +146,8 @@ class TrainConfig:
     """Test and keep an exponential moving average of the weights with this decay, e.g. 0.999. Default: the weights
     themselves."""
     precision: str = "float32"
-    """float32, or bf16: convolutions and products of the forward and backward pass in bfloat16 (autocast)."""
+    """float32, or bf16: convolutions and products of the forward and backward pass in bfloat16 (autocast); on a CPU the
+    dense convolutions."""
     sync_norm: bool = True
     """With several processes: batch norm over the whole batch, as one process would. --no-sync-norm: over each process's
     share, which exchanges less."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels import BlockPattern, again, graph_conv, graph_product, max_pool, norm, temporal_conv
-from .kernels.dispatch import runs_natively
+from .kernels.dispatch import runs_natively, widened
 
 __all__ = ["SparseConv2d", "TemporalUnit", "Units", "norm_fuses", "normalise", "pointwise_unit", "run_units", "track",
            "unwatched"]
@@ -241,15 +241,17 @@ def norm_fuses(bn: nn.Module, x: Tensor) -> bool:
     """Whether ``kernels.norm`` can stand for ``bn`` on x."""
     if type(bn) is not nn.BatchNorm2d or bn.weight is None or not (bn.training or bn.running_mean is None):
         return False
-    if bn.weight.dtype != x.dtype or x.numel() < 2 * x.shape[1] or torch.is_autocast_enabled(x.device.type):
+    if x.numel() < 2 * x.shape[1] or (x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)):
         return False
-    return runs_natively("norm", x)
+    x = widened(x[:0])
+    return bn.weight.dtype == x.dtype and runs_natively("norm", x)
 
 
 def _fused(norms: list[nn.BatchNorm2d], xs: list[Tensor], residual: Tensor | None, relu: bool,
            relu_before: bool, elsewhere: bool) -> Tensor:
     join = lambda tensors: tensors[0] if len(tensors) == 1 else torch.cat(tensors)
     weight, bias = join([bn.weight for bn in norms]), join([bn.bias for bn in norms])
+    xs, residual = [widened(x) for x in xs], None if residual is None else widened(residual)
     y, mean, variance = norm(xs, weight, bias, norms[0].eps, residual, relu, relu_before, elsewhere)
     widths = [bn.num_features for bn in norms]
     for bn, batch_mean, batch_variance in zip(norms, mean.split(widths), variance.split(widths), strict=True):

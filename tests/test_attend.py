@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from sparse_stgcn.backbones import aagcn
 from sparse_stgcn.backbones.aagcn import AdaptiveGraphUnit
 from sparse_stgcn.kernels import _native, attend
 from sparse_stgcn.kernels import reference_units as reference
@@ -134,10 +136,15 @@ def test_the_unit_is_the_same_on_every_path(training):
         assert_close(other, results[0], 1e-10, "paths")
 
 
-def test_autocast_takes_torch():
+def test_autocast_widens_what_is_attended_to(monkeypatch):
     module, x = unit().float(), normal(2, 8, 6, 25, seed=1)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.isfinite(module(x)).all()
+    plain, calls = module(x), []
+    monkeypatch.setattr(aagcn, "attend", lambda *a: calls.append(a[0].dtype) or attend(*a))
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("error")  # none of the unit's ops falls back
+        y = module(x)
+    assert calls == [torch.float32] and y.dtype == torch.float32
+    torch.testing.assert_close(y, plain, atol=0.1, rtol=0.05)
 
 
 @pytest.mark.parametrize(("at", "tensor", "error", "message"), [

@@ -146,6 +146,21 @@ def test_units_run_a_norm_and_its_relu_as_one():
     assert list(units.state_dict()) == list(plain.state_dict())
 
 
+def test_autocast_widens_what_it_normalises():
+    """Convolutions under autocast give bfloat16; the norm takes what they are, and its result and sums are float32."""
+    bn, xs = nn.BatchNorm2d(4), [normal(3, 4, 6, 25, seed=seed).bfloat16().requires_grad_() for seed in (1, 2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = normalise(bn, *xs, relu=True)
+    y.square().sum().backward()
+    wide = [x.detach().float().requires_grad_() for x in xs]
+    want = normalise(copy.deepcopy(bn), *wide, relu=True)
+    want.square().sum().backward()
+    assert torch.equal(y, want)
+    for x, other in zip(xs, wide, strict=True):
+        assert torch.equal(x.grad, other.grad.bfloat16())
+    assert normalise(bn, xs[0]).dtype == torch.bfloat16  # nobody asked for float32 where there is no autocast
+
+
 def test_opcheck_and_fullgraph():
     xs, weight, bias, residual, dy = arguments("joined", torch.float32)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")

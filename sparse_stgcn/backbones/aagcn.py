@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..joins import stacked, sum_over_graphs
 from ..kernels import attend, share
-from ..kernels.dispatch import runs_natively
+from ..kernels.dispatch import runs_natively, widened
 from ..kernels.dynamic import aa_graph
 from ..layers import SparseConv2d, TemporalUnit, normalise, unwatched
 from ..skeleton import Skeleton
@@ -78,7 +78,8 @@ class AdaptiveGraphUnit(nn.Module):
 
     def _attend(self, y: Tensor) -> Tensor:
         layers = (self.conv_sa, self.conv_ta, self.fc1c, self.fc2c)
-        if all(map(unwatched, layers)) and runs_natively("attend", y) and not torch.is_autocast_enabled(y.device.type):
+        y = widened(y)
+        if all(map(unwatched, layers)) and runs_natively("attend", y):
             return attend(y, *(p for layer in layers for p in (layer.weight, layer.bias)))  # type: ignore[arg-type]
         y = y * (1 + torch.sigmoid(self.conv_sa(y.mean(2)))).unsqueeze(2)
         y = y * (1 + torch.sigmoid(self.conv_ta(y.mean(3)))).unsqueeze(3)

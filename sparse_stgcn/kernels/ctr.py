@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from . import _native, reference_dynamic
 from ._library import LIBRARY, implement
 from ._memory import empty
-from .dispatch import backend_for
+from .dispatch import backend_for, widened
 from .dynamic import addresses, check_graph, like, new, strides
 from .pattern import BlockPattern
 
@@ -98,6 +98,7 @@ def ctr_aggregate_sum(embedded: Tensor, wide: Tensor, conv4_weights: Sequence[Te
         parts = [ctr_aggregate_sum(embedded[:, k:k + 1], wide[:, k:k + 1], conv4_weights[k:k + 1], conv4_biases[k:k + 1], alpha,
                                    A[k:k + 1], patterns[k:k + 1]) for k in range(subsets)]  # type: ignore[arg-type]
         return reduce(add, parts)
+    wide = widened(wide)
     embedded, wide, alpha, A = like(wide, embedded, wide, alpha, A)
     weights, biases = like(wide, *conv4_weights), like(wide, *conv4_biases)
     if backend_for("ctr_aggregate", wide.device, wide.dtype) == "reference":

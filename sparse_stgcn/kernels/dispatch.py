@@ -209,6 +209,15 @@ def runs_natively(op: str, x: torch.Tensor) -> bool:
         op, "cpu", x.dtype, forced=_forced(), native_available=_native.module is not None).backend == "native"
 
 
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """x in float32 where autocast made it narrower on a CPU: most kernels there take float32 and no half precision.
+
+    What autocast itself does with the ops that it keeps in float32.
+    """
+    narrow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+    return x.float() if narrow and torch.is_autocast_enabled("cpu") else x
+
+
 def backends() -> dict[str, str]:
     """Each backend's name with "available ..." or the reason why it is not."""
     from . import cuda

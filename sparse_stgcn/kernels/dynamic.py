@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from . import _native, reference_dynamic
 from ._library import LIBRARY, implement
 from ._memory import empty
-from .dispatch import backend_for
+from .dispatch import backend_for, widened
 
 __all__ = ["aa_graph", "dg_aggregate"]
 
@@ -46,6 +46,7 @@ def aa_graph(embedded: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
         raise ValueError(f"Expected embedded of shape (N, 2, K, R, T, V). Got {tuple(embedded.shape)}.")
     joints = embedded.shape[5]
     check_graph(A, (embedded.shape[2], joints, joints), alpha=alpha)
+    embedded = widened(embedded)
     arguments = like(embedded, embedded, alpha, A)
     if backend_for("aa_graph", embedded.device, embedded.dtype) == "reference":
         return reference_dynamic.aa_graph(*arguments)
@@ -78,6 +79,7 @@ def dg_aggregate(x: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor,
         raise ValueError("Expected x of shape (N, K, C, T, V), x1 and x2 of shape (N, K, C, V). "
                          f"Got {tuple(x.shape)}, {tuple(x1.shape)} and {tuple(x2.shape)}.")
     check_graph(A, (x.shape[1], x.shape[4], x.shape[4]), alpha=alpha, beta=beta)
+    x = widened(x)
     arguments = like(x, x, x1, x2, alpha, beta, A)
     if backend_for("dg_aggregate", x.device, x.dtype) == "reference":
         return reference_dynamic.dg_aggregate(*arguments)
