@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels import BlockPattern, again, graph_conv, graph_product, max_pool, norm, temporal_conv
-from .kernels.dispatch import runs_natively, widened
+from .kernels.dispatch import runs_natively, widened, widened_dtype
 
 __all__ = ["SparseConv2d", "TemporalUnit", "Units", "norm_fuses", "normalise", "pointwise_unit", "run_units", "track",
            "unwatched"]
@@ -239,12 +239,12 @@ def normalise(bns: nn.Module | Sequence[nn.Module], xs: Tensor | Sequence[Tensor
 
 def norm_fuses(bn: nn.Module, x: Tensor) -> bool:
     """Whether ``kernels.norm`` can stand for ``bn`` on x."""
-    if type(bn) is not nn.BatchNorm2d or bn.weight is None or not (bn.training or bn.running_mean is None):
+    weight = bn.weight if type(bn) is nn.BatchNorm2d else None
+    if weight is None or not (bn.training or bn.running_mean is None) or x.numel() < 2 * x.shape[1]:
         return False
-    if x.numel() < 2 * x.shape[1] or (x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)):
+    if not x.is_cpu and torch.is_autocast_enabled(x.device.type):
         return False
-    x = widened(x[:0])
-    return bn.weight.dtype == x.dtype and runs_natively("norm", x)
+    return weight.dtype == (dtype := widened_dtype(x)) and runs_natively("norm", x, dtype)
 
 
 def _fused(norms: list[nn.BatchNorm2d], xs: list[Tensor], residual: Tensor | None, relu: bool,
@@ -253,22 +253,25 @@ def _fused(norms: list[nn.BatchNorm2d], xs: list[Tensor], residual: Tensor | Non
     weight, bias = join([bn.weight for bn in norms]), join([bn.bias for bn in norms])
     xs, residual = [widened(x) for x in xs], None if residual is None else widened(residual)
     y, mean, variance = norm(xs, weight, bias, norms[0].eps, residual, relu, relu_before, elsewhere)
+    if len(norms) == 1:
+        track(norms[0], mean, variance)
+        return y
     widths = [bn.num_features for bn in norms]
     for bn, batch_mean, batch_variance in zip(norms, mean.split(widths), variance.split(widths), strict=True):
         track(bn, batch_mean, batch_variance)
     return y
 
 
-@torch.no_grad()
 def track(bn: nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tensor) -> None:
     """Takes the mean and the unbiased variance of a batch into the running statistics, as ``nn.BatchNorm2d`` does."""
     if bn.running_mean is None:
         return
-    bn.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # it comes with running_mean
     batches: Any = bn.num_batches_tracked
-    momentum = 1 / int(batches) if bn.momentum is None else bn.momentum
-    bn.running_mean.lerp_(mean, momentum)
-    bn.running_var.lerp_(variance, momentum)
+    with torch.no_grad():
+        batches.add_(1)
+        momentum = 1 / int(batches) if bn.momentum is None else bn.momentum
+        bn.running_mean.lerp_(mean, momentum)
+        bn.running_var.lerp_(variance, momentum)
 
 
 class TemporalUnit(nn.Module):

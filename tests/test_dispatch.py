@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from sparse_stgcn.kernels import BlockPattern, backends, dispatch, preference, temporal_conv
+from sparse_stgcn.kernels import _native, BlockPattern, backends, dispatch, preference, temporal_conv
 from sparse_stgcn.kernels.dispatch import Gpu, Product, choose
 
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
@@ -116,8 +116,7 @@ def test_every_backend_is_reported_with_a_reason():
 
 def test_a_fallback_warns_once_and_names_its_reason(monkeypatch):
     """float64 on a GPU: what the GPU would do, on a CPU tensor."""
-    monkeypatch.setattr(dispatch, "choose", lambda op, device, dtype, **more: choose(op, "cuda", dtype, **more))
-    monkeypatch.setattr(dispatch, "gpu_of", lambda device: BOTH)
+    monkeypatch.setattr(dispatch, "_on_cpu", lambda op, dtype, dims: choose(op, "cuda", dtype, gpu=BOTH))
     monkeypatch.setattr(dispatch, "_warned", set())
     pattern = BlockPattern.full((8, 4, 1))
     x, values = torch.randn(1, 4, 3, 5, dtype=F64), torch.randn(pattern.values_shape, dtype=F64)
@@ -126,6 +125,24 @@ def test_a_fallback_warns_once_and_names_its_reason(monkeypatch):
             temporal_conv(x, values, pattern)
     assert len(caught) == 1
     assert caught[0].filename == __file__
+
+
+@pytest.mark.skipif(_native.module is None, reason="the native module is not built")
+@pytest.mark.filterwarnings("ignore:sparse_stgcn")
+def test_a_choice_is_made_anew_when_what_it_depends_on_changes(monkeypatch):
+    """Choices are kept: by op, dtype, adjacency, what is forced and whether there are native kernels."""
+    cpu = torch.device("cpu")
+    ask = lambda op="temporal_conv", dtype=torch.float32, dims=3: dispatch.backend_for(op, cpu, dtype, dims)
+    for _ in range(2):
+        assert ask() == "native" and ask("norm", torch.float64) == "native"
+        assert ask(dtype=torch.float16) == ask("norm", torch.bfloat16) == ask("graph_conv", dims=5) == "reference"
+        with dispatch.forced_backend("reference"):
+            assert ask() == "reference"
+        with dispatch.forced_backend("triton"), pytest.raises(ValueError, match="triton does not run on a CPU"):
+            ask()
+        monkeypatch.setattr(_native, "module", None)
+        assert ask() == "reference"
+        monkeypatch.undo()
 
 
 def test_what_is_missing_is_explained(monkeypatch):

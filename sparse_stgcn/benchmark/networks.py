@@ -178,7 +178,7 @@ def _step(model: Recognizer, x: Tensor, label: Tensor, penalty: Penalty | None =
           forward: Callable[[Tensor], Tensor] | None = None, rate: float = 1e-6) -> Callable[[], Tensor]:
     keep_freed_memory()  # as every training run does, and for every engine
     model = model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
     extra, forward = penalty(model) if penalty else None, forward or model
 
     def run() -> Tensor:

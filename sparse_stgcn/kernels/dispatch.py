@@ -147,10 +147,26 @@ def backend_for(op: str, device: torch.device, dtype: torch.dtype, adjacency_dim
 
     A GPU kernel that refuses one size is found out where the op runs, see gpu.py: it may differ between the products.
     """
+    if device.type == "cpu":
+        return _warn(op, _on_cpu(op, dtype, adjacency_dims))
     product = Product(op, adjacency_dims=adjacency_dims, vertices=vertices)
     choice = choose(op, device.type, dtype, adjacency_dims=adjacency_dims, forced=_forced(),
                     native_available=_native.module is not None, gpu=gpu_of(device), product=product)
     return _warn(op, choice)
+
+
+_chosen: dict[tuple[str, torch.dtype, int, str | None, bool], Choice] = {}
+
+
+def _on_cpu(op: str, dtype: torch.dtype, adjacency_dims: int = 3) -> Choice:
+    """choose() for this process and a CPU, which a training step asks some hundred times."""
+    key = op, dtype, adjacency_dims, _forced(), _native.module is not None
+    choice = None if torch.compiler.is_compiling() else _chosen.get(key)
+    if choice is None:
+        choice = choose(op, "cpu", dtype, adjacency_dims=adjacency_dims, forced=key[3], native_available=key[4])
+        if not torch.compiler.is_compiling():
+            _chosen[key] = choice
+    return choice
 
 
 def backend_of_product(product: Product, device: torch.device, dtype: torch.dtype) -> str:
@@ -203,10 +219,9 @@ def missing_triton() -> str | None:
     return None
 
 
-def runs_natively(op: str, x: torch.Tensor) -> bool:
-    """Whether the CPU kernel of ``op`` runs on x in this process: asked where torch's own layers are as good a fallback."""
-    return x.device.type == "cpu" and choose(
-        op, "cpu", x.dtype, forced=_forced(), native_available=_native.module is not None).backend == "native"
+def runs_natively(op: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether the CPU kernel of ``op`` runs on x, in its ``dtype`` or this one: asked where torch's own layers are as good."""
+    return x.is_cpu and _on_cpu(op, x.dtype if dtype is None else dtype).backend == "native"
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:
@@ -214,8 +229,13 @@ def widened(x: torch.Tensor) -> torch.Tensor:
 
     What autocast itself does with the ops that it keeps in float32.
     """
-    narrow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
-    return x.float() if narrow and torch.is_autocast_enabled("cpu") else x
+    return x.to(widened_dtype(x))
+
+
+def widened_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of ``widened(x)``."""
+    narrow = x.dtype in (torch.bfloat16, torch.float16) and x.is_cpu
+    return torch.float32 if narrow and torch.is_autocast_enabled("cpu") else x.dtype
 
 
 def backends() -> dict[str, str]:

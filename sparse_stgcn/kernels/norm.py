@@ -139,15 +139,22 @@ def _run(xs: list[Tensor], weight: Tensor, bias: Tensor, residual: Tensor | None
          y: Tensor, mean: Tensor, rstd: Tensor, variance: Tensor | None) -> None:
     """Writes y, and mean, rstd and variance, unless there is no variance to write: then the other two are given."""
     residual = None if residual is None else one_run(residual)
-    vectors = [weight.contiguous(), bias.contiguous()]
-    for x, (begin, end) in zip(map(one_run, xs), spans(x.shape[1] for x in xs), strict=True):
-        part = lambda tensor: None if tensor is None else tensor[:, begin:end]  # noqa: B023  called within the turn
-        planes = [plane(tensor) for tensor in (x, part(residual), part(y))]
-        small = [0 if tensor is None else tensor[begin:end].data_ptr() for tensor in (*vectors, mean, rstd, variance)]
+    weight, bias = weight.contiguous(), bias.contiguous()  # a copy has to outlive the addresses
+    whole, vectors = [plane(residual), plane(y)], [_native.address(v) for v in (weight, bias, mean, rstd, variance)]
+    size, double, threads = y.element_size(), y.dtype == torch.float64, torch.get_num_threads()
+    for x, (begin, end) in zip([one_run(x) for x in xs], spans(x.shape[1] for x in xs), strict=True):
+        source, (added, place) = plane(x), [_from(begin, part, size) for part in whole]
+        small = [address and address + begin * size for address in vectors]
         _native.module.norm_forward(
-            x.dtype == torch.float64, [x.shape[0], x.shape[1], x.shape[2] * x.shape[3]],
-            [planes[0][0], planes[1][0], *small[:2], planes[2][0], *small[2:]], [stride for _, stride in planes], eps,
-            relu_before, relu, torch.get_num_threads())
+            double, [x.shape[0], end - begin, x.shape[2] * x.shape[3]],
+            [source[0], added, *small[:2], place, *small[2:]], [source[1], whole[0][1], whole[1][1]], eps, relu_before, relu,
+            threads)
+
+
+def _from(channel: int, plane: tuple[int, tuple[int, int]], size: int) -> int:
+    """The address of a channel of a tensor whose elements have ``size`` bytes, or 0 where there is no tensor."""
+    address, (_, stride) = plane
+    return address and address + channel * stride * size
 
 
 def _fake_backward(dy: Tensor, xs: list[Tensor], y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
@@ -159,13 +166,16 @@ def _fake_backward(dy: Tensor, xs: list[Tensor], y: Tensor | None, weight: Tenso
 def _backward(dy: Tensor, xs: list[Tensor], y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
               open: bool, dxs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     dresidual, dweight, dbias = outputs = _fake_backward(dy, xs, y, weight, bias, mean, rstd, open, dxs)
-    dy, vectors = one_run(dy), [weight.contiguous(), bias.contiguous(), mean, rstd]
+    dy, weight, bias = one_run(dy), weight.contiguous(), bias.contiguous()  # a copy has to outlive the addresses
+    given, stored, added = whole = [plane(t) for t in (dy, y, None if y is None else dresidual)]
+    vectors = [v.data_ptr() for v in (weight, bias, mean, rstd, dweight, dbias)]
+    size, double, threads = dy.element_size(), dy.dtype == torch.float64, torch.get_num_threads()
     for x, dx, (begin, end) in zip(map(one_run, xs), dxs, spans(x.shape[1] for x in xs), strict=True):
-        part = lambda tensor: None if tensor is None else tensor[:, begin:end]  # noqa: B023  called within the turn
-        planes = [plane(t) for t in (part(dy), x, part(y), dx, None if y is None else part(dresidual))]
-        small = [tensor[begin:end].data_ptr() for tensor in (*vectors, dweight, dbias)]
+        (source, strides), (target, target_strides) = plane(x), plane(dx)
+        upper, kept, sent = [_from(begin, part, size) for part in whole]
+        small = [address + begin * size for address in vectors]
         _native.module.norm_backward(
-            x.dtype == torch.float64, [x.shape[0], x.shape[1], x.shape[2] * x.shape[3]],
-            [address for address, _ in planes[:3]] + small[:4] + [address for address, _ in planes[3:]] + small[4:],
-            [stride for _, stride in planes], open, torch.get_num_threads())
+            double, [x.shape[0], end - begin, x.shape[2] * x.shape[3]],
+            [upper, source, kept, *small[:4], target, sent, *small[4:]],
+            [given[1], strides, stored[1], target_strides, added[1]], open, threads)
     return outputs
