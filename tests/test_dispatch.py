@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from sparse_stgcn.kernels import _native, BlockPattern, backends, dispatch, preference, temporal_conv
+from sparse_stgcn.kernels import BlockPattern, _native, backends, dispatch, preference, temporal_conv
 from sparse_stgcn.kernels.dispatch import Gpu, Product, choose
 
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16

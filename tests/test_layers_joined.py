@@ -1,10 +1,18 @@
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from sparse_stgcn import compact, create_model, sparsify
+from sparse_stgcn.backbones.aagcn import AdaptiveGraphUnit
+from sparse_stgcn.backbones.ctrgcn import ChannelGraphUnit
+from sparse_stgcn.backbones.dgstgcn import GroupGraphUnit
 from sparse_stgcn.joins import joined
-from sparse_stgcn.kernels import BlockPattern, share, temporal_conv
+from sparse_stgcn.kernels import BlockPattern, _native, means, share, temporal_conv
+from sparse_stgcn.kernels.dispatch import forced_backend
 from sparse_stgcn.layers import SparseConv2d
 from tests.kernel_cases import normal, random_pattern, strided
 
@@ -85,3 +93,44 @@ def test_hooks_see_their_convolution():
 def test_other_convolutions_are_refused():
     with pytest.raises(ValueError, match="1 x 1 convolutions of one stride"):
         joined([SparseConv2d(4, 8), SparseConv2d(4, 8, stride=2)], torch.zeros(1, 4, 3, 5))
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("form", ["dense", "compact"])
+@pytest.mark.parametrize(("name", "most"), [("stgcn", 2), ("aagcn", 4), ("ctrgcn", 4), ("dgstgcn", 4)])
+def test_the_gradients_of_a_block_s_input_are_one_sum(name, most, form, watched, monkeypatch):
+    """The residual's goes into the sweep that adds up those of the spatial unit, unless a hook looks at that unit."""
+    norm = {"num_person": 1} if name in ("aagcn", "ctrgcn") else {}
+    model = create_model(name, 5, base_channels=8, **norm).double()
+    model = compact(sparsify(model, 0.5, (2, 1))) if form == "compact" else model
+    blocks = getattr(model.backbone, "net" if name == "ctrgcn" else "gcn")
+    block, x = blocks[4].train(), normal(2, 8, 6, 25, seed=1, dtype=torch.float64)  # strided: a residual of its own
+    if watched:
+        getattr(block, block.names[0]).register_forward_hook(lambda *_: None)
+    added = []
+    real = means._ops.total
+    monkeypatch.setattr(means, "_ops", SimpleNamespace(
+        **{op: getattr(means._ops, op) for op in ("frame_mean", "append_mean", "append_mean_backward", "spread_mean",
+                                                  "spread_mean_backward")},
+        total=lambda parts, mean: added.append(len(parts) + (mean is not None)) or real(parts, mean)))
+    results = []
+    for backend in ("native", "reference"):
+        with forced_backend(backend):
+            leaf = x.clone().requires_grad_()
+            copy.deepcopy(block)(leaf).square().sum().backward()
+            results.append(leaf.grad)
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+    if _native.module is not None and not watched:
+        assert max(added) == most
+
+
+def test_a_spatial_unit_gives_its_input_to_one_more_reader():
+    for unit in (ChannelGraphUnit(8, 8, torch.rand(3, 25, 25)), AdaptiveGraphUnit(8, 8, torch.rand(3, 25, 25)),
+                 GroupGraphUnit(8, 8, torch.rand(8, 25, 25))):
+        unit, x = unit.double(), normal(2, 8, 5, 25, seed=1, dtype=torch.float64).requires_grad_()
+        plain = copy.deepcopy(unit)(x)
+        y, other = unit.beside(x)
+        assert torch.equal(y, plain) and torch.equal(other, x)
+        (alone,) = torch.autograd.grad((plain * 2).sum() + (x * 3).sum(), x)
+        (together,) = torch.autograd.grad((y * 2).sum() + (other * 3).sum(), x)
+        torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)

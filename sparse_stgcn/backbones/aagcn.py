@@ -9,23 +9,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..joins import stacked, sum_over_graphs
-from ..kernels import attend, share
+from ..kernels import attend
 from ..kernels.dispatch import runs_natively, widened
 from ..kernels.dynamic import aa_graph
 from ..layers import SparseConv2d, TemporalUnit, normalise, unwatched
 from ..skeleton import Skeleton
-from .base import Backbone, graph_parameter, init_fan_out, shortcut
+from .base import Backbone, SharingUnit, graph_parameter, init_fan_out, shortcut
 
 __all__ = ["AAGCN", "AdaptiveGraphUnit"]
 
 
-class AdaptiveGraphUnit(nn.Module):
+class AdaptiveGraphUnit(SharingUnit):
     """ReLU(BN(sum over k of conv_d_k(x (A_k + alpha G_k(x)))) + down(x)), then attention.
 
     G_k is a graph per sample from the embeddings conv_a_k and conv_b_k, see ``kernels.dynamic.aa_graph``.
     With ``attention`` the output is scaled by 1 + s for joints, then frames, then channels, each s a sigmoid.
     Shapes: (N, I, T, V) -> (N, O, T, V).
     """
+
+    readers = 3
 
     def __init__(
         self, in_channels: int, out_channels: int, adjacency: Tensor, attention: bool = True
@@ -61,8 +63,8 @@ class AdaptiveGraphUnit(nn.Module):
             nn.init.xavier_normal_(self.conv_sa.weight)
             nn.init.kaiming_normal_(self.fc1c.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x, for_graphs, for_shortcut = share(x, 3)
+    def read(self, x: Tensor, for_graphs: Tensor, for_shortcut: Tensor) -> Tensor:  # type: ignore[override]
+        """The unit; all inputs are x."""
         y = self.with_graphs(x, for_shortcut, aa_graph(self.embedded_pairs(for_graphs), self.alpha, self.A))
         return self._attend(y) if self.attention else y
 

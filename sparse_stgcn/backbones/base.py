@@ -6,16 +6,39 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..layers import SparseConv2d, TemporalUnit, pointwise_unit
+from ..kernels import share
+from ..layers import SparseConv2d, TemporalUnit, pointwise_unit, unwatched
 from ..skeleton import Skeleton
 
-__all__ = ["Backbone", "Block", "init_fan_out", "shortcut"]
+__all__ = ["Backbone", "Block", "SharingUnit", "init_fan_out", "shortcut"]
 
 # Width relative to the base, and stride over time, of each block.
 _TABLE = ((1, 1),) * 4 + ((2, 2), (2, 1), (2, 1)) + ((4, 2), (4, 1), (4, 1))
 
 Unit = Callable[[int, int], nn.Module]
 StridedUnit = Callable[[int, int, int], nn.Module]
+
+
+class SharingUnit(nn.Module):
+    """A spatial unit several of whose layers read its input: their gradients are added up in one sweep, see ``kernels.share``.
+
+    readers: how many of them; mean: whether one more reads the mean over time.
+    """
+
+    readers = 2
+    mean = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(*share(x, self.readers, self.mean))
+
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The unit's output, and x for one more reader, whose gradient is added to the others in the same sweep."""
+        other, *mine = share(x, self.readers + 1, self.mean)
+        return self.read(*mine), other
+
+    def read(self, *inputs: Tensor) -> Tensor:
+        """The unit's output where x is given once for each reader, then its mean over time (N, I, 1, V)."""
+        raise NotImplementedError
 
 
 class Block(nn.Module):
@@ -47,7 +70,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         spatial, temporal = (getattr(self, name) for name in self.names)
-        return temporal(spatial(x), None if self.residual is None else self.residual(x), relu=True)
+        if self.residual is None or not x.requires_grad:
+            return temporal(spatial(x), None if self.residual is None else self.residual(x), relu=True)
+        if isinstance(spatial, SharingUnit) and unwatched(spatial):
+            y, x = spatial.beside(x)
+        else:
+            x, for_spatial = share(x, 2)
+            y = spatial(for_spatial)
+        return temporal(y, self.residual(x), relu=True)
 
 
 class Backbone(nn.Module):

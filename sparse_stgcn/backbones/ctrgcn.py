@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ..joins import stacked
-from ..kernels import share
 from ..kernels.ctr import ctr_aggregate_sum
 from ..layers import SparseConv2d, normalise
 from ..skeleton import Skeleton
-from .base import Backbone, graph_parameter, init_fan_out, shortcut
+from .base import Backbone, SharingUnit, graph_parameter, init_fan_out, shortcut
 from .multibranch import BranchedTemporal, MixedTemporal
 
 __all__ = ["CTRGCN", "ChannelGraph", "ChannelGraphUnit"]
@@ -31,11 +30,13 @@ class ChannelGraph(nn.Module):
         self.conv4 = SparseConv2d(rank, out_channels)
 
 
-class ChannelGraphUnit(nn.Module):
+class ChannelGraphUnit(SharingUnit):
     """ReLU(BN(sum over k of ChannelGraph_k(x)) + down(x)): (N, I, T, V) -> (N, O, T, V).
 
     conv1 and conv2 run on the mean over time: it commutes with a 1 x 1 convolution and is T times cheaper.
     """
+
+    mean = True
 
     def __init__(self, in_channels: int, out_channels: int, adjacency: Tensor) -> None:
         super().__init__()
@@ -47,10 +48,7 @@ class ChannelGraphUnit(nn.Module):
         init_fan_out(self)
         nn.init.constant_(self.bn.weight, 1e-6)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.with_mean(*share(x, 2, mean=True))
-
-    def with_mean(self, x: Tensor, for_shortcut: Tensor, mean: Tensor) -> Tensor:
+    def read(self, x: Tensor, for_shortcut: Tensor, mean: Tensor) -> Tensor:  # type: ignore[override]
         """The unit where the mean over time (N, I, 1, V), which makes the graphs, is given; both inputs are x."""
         convs: Any = list(self.convs)
         embedded = stacked([c for conv in convs for c in (conv.conv1, conv.conv2)], mean)

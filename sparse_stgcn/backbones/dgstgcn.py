@@ -4,22 +4,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..kernels import again, share
+from ..kernels import again
 from ..kernels.dynamic import dg_aggregate
 from ..layers import SparseConv2d, normalise, pointwise_unit
 from ..skeleton import Skeleton
-from .base import Backbone, graph_parameter, shortcut
+from .base import Backbone, SharingUnit, graph_parameter, shortcut
 from .multibranch import MixedTemporal
 
 __all__ = ["DGSTGCN", "GroupGraphUnit"]
 
 
-class GroupGraphUnit(nn.Module):
+class GroupGraphUnit(SharingUnit):
     """ReLU(BN(post(pre(x) times the graphs)) + down(x)), see ``kernels.dynamic.dg_aggregate``.
 
     K subsets of C_mid = ratio * O channels each; alpha and beta have K entries in PYSKL's checkpoints, of
     which the first is used. Shapes: (N, I, T, V) -> (N, O, T, V).
     """
+
+    mean = True
 
     def __init__(self, in_channels: int, out_channels: int, adjacency: Tensor, ratio: float = 0.125) -> None:
         super().__init__()
@@ -35,10 +37,7 @@ class GroupGraphUnit(nn.Module):
         self.down = shortcut(in_channels, out_channels)
         self.bn = nn.BatchNorm2d(out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.with_mean(*share(x, 2, mean=True))
-
-    def with_mean(self, x: Tensor, for_shortcut: Tensor, mean: Tensor) -> Tensor:
+    def read(self, x: Tensor, for_shortcut: Tensor, mean: Tensor) -> Tensor:  # type: ignore[override]
         """The unit where the mean over time (N, I, 1, V), which makes the graphs, is given; both inputs are x."""
         grouped = lambda y: y.unflatten(1, (self.subsets, -1))
         x1, x2, inner = grouped(self.conv1(mean)[:, :, 0]), grouped(self.conv2(mean)[:, :, 0]), self.pre(x)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels import share
 from ..kernels.stgcn_block import Normed, fuses, stgcn_block
 from ..layers import SparseConv2d, TemporalUnit, norm_fuses, normalise, track, unwatched
 from ..skeleton import Skeleton
@@ -78,7 +79,10 @@ class GraphBlock(Block):
         gcn: Any = self.gcn
         tcn: Any = self.tcn
         identity = isinstance(self.residual, nn.Identity)
-        residual = None if identity or self.residual is None else self.residual(x)
+        residual = None
+        if self.residual is not None and not identity:
+            x, for_residual = share(x, 2)
+            residual = self.residual(for_residual)
         graph_bias = None if gcn.conv.bias is None else gcn.conv.bias.view(gcn.conv.subsets, gcn.conv.out_channels)
         out, first, second = stgcn_block(
             x, Normed(gcn.conv.values, gcn.conv.pattern, graph_bias, gcn.bn.weight, gcn.bn.bias, gcn.bn.eps), gcn.graph(),

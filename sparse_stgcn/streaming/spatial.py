@@ -50,7 +50,7 @@ class MeanGraph(StreamedUnit):
     def push(self, x: Tensor, end: bool) -> Tensor:
         if not x.shape[2]:
             return no_frames(x, self.unit.bn.num_features)
-        return self.unit.with_mean(x, x, self.mean.push(x.transpose(1, 2))[:, :, None])
+        return self.unit.read(x, x, self.mean.push(x.transpose(1, 2))[:, :, None])
 
 
 class AdaptiveGraph(StreamedUnit):
