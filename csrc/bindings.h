@@ -55,6 +55,13 @@ GroupView<S> group_view(Address data, const Sizes& stride) {
   return {(S*)data, {stride[0], stride[1], stride[2], stride[3], stride[4]}};
 }
 
+// What CTR-GCN's graphs multiply: `given`, or, where there is a pattern, made from made[0] with weights made[1] and bias made[2].
+template <class S>
+Wide<S> wide(Address given, const Sizes& stride, const Sizes& conv, const std::array<Address, 3>& index, const Addresses& made) {
+  if (conv.empty()) return {false, group_view<const S>(given, stride), {}, {}, nullptr, nullptr};
+  return {true, {}, pattern(conv, index), view<S>(made[0], stride), (const S*)made[1], (const S*)made[2]};
+}
+
 // A block's tensors in the order of kernels/stgcn_block.py; those behind them are the gradients.
 template <class S>
 BlockTensors<S> block_tensors(const Addresses& t, const std::array<double, 2>& eps) {

@@ -15,7 +15,7 @@ from .kernels import BlockPattern, graph_conv, graph_product, share, spans, spli
 from .kernels.dispatch import runs_natively
 from .layers import SparseConv2d, unwatched
 
-__all__ = ["joined", "stacked", "sum_over_graphs"]
+__all__ = ["joined", "live_stack", "stacked", "sum_over_graphs"]
 
 
 def joined(convs: Sequence[SparseConv2d], x: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -48,21 +48,40 @@ def _as_one(convs: Sequence[SparseConv2d], x: Tensor) -> tuple[Tensor, list[tupl
         raise ValueError(f"Expected 1 x 1 convolutions of one stride. Got {', '.join(map(str, convs))}.")
     if not all(map(unwatched, convs)):
         return None
-    widths, stages = [conv.out_channels for conv in convs], {conv.stage == "compact" for conv in convs}
-    bias = None if convs[0].bias is None else torch.cat([conv.bias for conv in convs])  # type: ignore[misc]
-    if stages == {False}:
+    widths = [conv.out_channels for conv in convs]
+    if all(conv.stage != "compact" for conv in convs):
+        bias = None if convs[0].bias is None else torch.cat([conv.bias for conv in convs])  # type: ignore[misc]
         y = F.conv2d(x, torch.cat([conv.dense_weight() for conv in convs]), bias, (convs[0].stride, 1))
         return y, spans(widths)
+    live = _live(convs)
+    if live is None:
+        return None
+    values, pattern, bias, rooms = live
+    y = temporal_conv(x, values, pattern, bias, convs[0].stride)
+    return y, [(begin, begin + width) for (begin, _), width in zip(spans(rooms), widths, strict=True)]
+
+
+def _live(convs: Sequence[SparseConv2d]) -> tuple[Tensor, BlockPattern, Tensor | None, list[int]] | None:
+    """Values, pattern and bias of compact convolutions one below the other, and how many outputs there are for each."""
     patterns = tuple(conv.pattern for conv in convs if conv.pattern is not None)
-    pattern = _join(patterns) if stages == {True} else None
+    pattern = _join(patterns) if all(conv.stage == "compact" for conv in convs) else None
     if pattern is None:
         return None
     values, rooms = torch.cat([conv.values for conv in convs]), _rooms(patterns)  # type: ignore[misc]
+    bias = None if convs[0].bias is None else torch.cat([conv.bias for conv in convs])  # type: ignore[misc]
     if bias is not None and pattern.shape[0] > bias.numel():
         bias = torch.cat([F.pad(conv.bias, (0, room - width))  # type: ignore[arg-type]
-                          for conv, room, width in zip(convs, rooms, widths, strict=True)])
-    y = temporal_conv(x, values, pattern, bias, convs[0].stride)
-    return y, [(begin, begin + width) for (begin, _), width in zip(spans(rooms), widths, strict=True)]
+                          for conv, room, width in zip(convs, rooms, [c.out_channels for c in convs], strict=True)])
+    return values, pattern, bias, rooms
+
+
+def live_stack(convs: Sequence[SparseConv2d]) -> tuple[Tensor, BlockPattern, Tensor | None] | None:
+    """Values, pattern (sum of O, I, 1) and bias of compact 1 x 1 convolutions one below the other, with no output left over.
+
+    None where they cannot be joined, or a hook watches one of them.
+    """
+    live = _live(convs) if all(map(unwatched, convs)) and len({conv.bias is None for conv in convs}) == 1 else None
+    return None if live is None or live[1].shape[0] != sum(conv.out_channels for conv in convs) else live[:3]
 
 
 def sum_over_graphs(convs: Sequence[SparseConv2d], x: Tensor, graphs: Tensor) -> Tensor:

@@ -87,18 +87,13 @@ struct Mix {
   }
 };
 
-// x1 (which = 0) or x2 (1) of subset k, (N, R, 1, V) of embedded (N, K, 2, R, V); x3 or dy of it, (N, C, T, V).
+// x1 (which = 0) or x2 (1) of subset k, (N, R, 1, V) of embedded (N, K, 2, R, V).
 template <class S>
 INLINE View<const S> embedding(const GroupView<const S>& x, int64_t k, int64_t which) {
   return {x.data + k * x.stride[1] + which * x.stride[2], {x.stride[0], x.stride[3], 0, x.stride[4]}};
 }
 template <class S>
-INLINE View<const S> subset(const GroupView<const S>& x, int64_t k) {
-  return {x.data + k * x.stride[1], {x.stride[0], x.stride[2], x.stride[3], x.stride[4]}};
-}
-
-template <class S>
-void ctr_forward(const DynamicShape& s, const Pattern* p, GroupView<const S> x12, GroupView<const S> x3, const S* weight,
+void ctr_forward(const DynamicShape& s, const Pattern* p, GroupView<const S> x12, const Wide<S>& x3, const S* weight,
                  const S* bias, const S* alpha, const S* A, S* y, int threads) {
   size_t room = 0;
   for (int64_t k = 0; k < s.K; k++) room += Mix<S>::room(s, p[k]);
@@ -111,18 +106,21 @@ void ctr_forward(const DynamicShape& s, const Pattern* p, GroupView<const S> x12
     largest = max64(largest, mixes[k].panel_size());
   }
   const Joints<S> j(s.V);
+  const typename WideRows<S>::Tables tables(s, x3);
   // Threads without a sample of their own take block rows of one, and make the maps once more.
   const int64_t rows = p[0].rows, bo = p[0].bo, parts = s.N ? max64(1, min64(rows, ceil_div(threads, s.N))) : 1;
   parallel(s.N * parts, threads, [&](int64_t task) {
     const FlushDenormals flush;
     const int64_t n = task / parts, part = task % parts;
-    task_scratch.reserve(Scratch::room<S>(largest) + Scratch::room<S>(mix_rows * j.map) + Scratch::room<S>(4 * j.ld));
+    task_scratch.reserve(Scratch::room<S>(largest) + Scratch::room<S>(mix_rows * j.map) + Scratch::room<S>(4 * j.ld) +
+                         tables.room(false));
     S* panel = task_scratch.take<S>(largest);
     S* graph = task_scratch.take<S>(mix_rows * j.map);
     S* work = task_scratch.take<S>(4 * j.ld);
+    WideRows<S> wide(tables, task_scratch);
+    wide.enter(n);
     for (int64_t k = 0; k < s.K; k++) {  // y of a sample stays in L2
       const Mix<S>& mix = mixes[k];
-      const View<const S> wide = subset(x3, k);
       pack_map(A + k * s.V * s.V, false, j, panel);
       std::memset(panel + (mix.live + 1) * j.map, 0, j.map * sizeof(S));
       mix.maps(embedding(x12, k, 0), embedding(x12, k, 1), n, false, panel, work);
@@ -130,8 +128,9 @@ void ctr_forward(const DynamicShape& s, const Pattern* p, GroupView<const S> x12
         for (int64_t o = 0; o < live_rows(p[k], g); o += mix_rows) {
           const int64_t count = min64(mix_rows, live_rows(p[k], g) - o), c = g * bo + o;
           gather_row(panel, mix.row(g, o), count, mix.bias + c, graph, j.map, j.map);
+          wide.open(k, c, count);
           for (int64_t i = 0; i < count; i++)
-            multiply(frames_of(wide, n, c + i), graph + i * j.map, s.T, j, y + (n * s.C + c + i) * s.T * s.V, k > 0);
+            multiply(wide.row(i), graph + i * j.map, s.T, j, y + (n * s.C + c + i) * s.T * s.V, k > 0);
         }
     }
   });
@@ -159,26 +158,25 @@ INLINE int64_t ctr_sums(const DynamicShape& s, const Pattern& p) {
   return Mix<S>::entries(s, p) * p.bo + s.C + Joints<S>(s.V).map;
 }
 
-// One sample and subset. maps, dmaps: D' and dD' in the panel of `mix`, their map 0 being A' and dA'; dx12 (2, R, V), dx3 (C, T, V).
+// One sample and subset. maps, dmaps: D' and dD' in the panel of `mix`, their map 0 being A' and dA'; dx12 (2, R, V).
 template <class S>
 struct CtrBackward {
   const DynamicShape& s;
   const Joints<S>& j;
-  S *maps, *dmaps, *graph, *dgraph, *packed, *work, *output;
-  bool streams;
+  S *maps, *dmaps, *graph, *dgraph, *packed, *work;
 
   static size_t room(const DynamicShape& s, const Joints<S>& j, int64_t panel) {
-    return 2 * Scratch::room<S>(panel) + 2 * Scratch::room<S>(mix_rows * j.map) + 2 * Scratch::room<S>(s.T * j.ld) +
+    return 2 * Scratch::room<S>(panel) + 2 * Scratch::room<S>(mix_rows * j.map) + Scratch::room<S>(s.T * j.ld) +
            Scratch::room<S>(4 * j.ld);
   }
   CtrBackward(const DynamicShape& shape, const Joints<S>& joints, int64_t panel, Scratch& scratch)
       : s(shape), j(joints), maps(scratch.take<S>(panel)), dmaps(scratch.take<S>(panel)),
         graph(scratch.take<S>(mix_rows * joints.map)), dgraph(scratch.take<S>(mix_rows * joints.map)),
-        packed(scratch.take<S>(shape.T * joints.ld)), work(scratch.take<S>(4 * joints.ld)),
-        output(scratch.take<S>(shape.T * joints.ld)), streams(is_streamed<S>(shape.N * shape.K * shape.C * shape.T * shape.V)) {}
+        packed(scratch.take<S>(shape.T * joints.ld)), work(scratch.take<S>(4 * joints.ld)) {}
 
-  void run(const Mix<S>& mix, View<const S> x1, View<const S> x2, View<const S> x3, View<const S> dy, int64_t n, const S* A,
-           S* dx12, S* dx3, S* along) {
+  // along: this subset's sums over samples; wide_sums: those of the convolution that makes x3.
+  void run(const Mix<S>& mix, View<const S> x1, View<const S> x2, WideRows<S>& wide, View<const S> dy, int64_t n, int64_t k,
+           const S* A, S* dx12, S* along, S* wide_sums) {
     const Pattern& p = mix.p;
     S *sums = along + Mix<S>::entries(s, p) * p.bo, *dA = sums + s.C;
     pack_map(A, true, j, maps);
@@ -190,15 +188,16 @@ struct CtrBackward {
         const int64_t count = min64(mix_rows, live_rows(p, g) - o), c = g * p.bo + o;
         const Entries<S> row = mix.row(g, o);
         gather_row(maps, row, count, mix.bias + c, graph, j.map, j.map);
+        wide.open(k, c, count);
         for (int64_t i = 0; i < count; i++) {
           S* to = dgraph + i * j.map;
-          const OneRow<S> gradient(output, dx3 + (c + i) * s.T * s.V, streams);
-          multiply(frames_of(dy, n, c + i), graph + i * j.map, s.T, j, gradient.row);
-          gradient.finish(s.T * s.V);
-          pack_frames(frames_of(x3, n, c + i), s.T, j, packed);
+          multiply(frames_of(dy, n, c + i), graph + i * j.map, s.T, j, wide.gradient(i));
+          wide.finish(i);
+          pack_frames(wide.row(i), s.T, j, packed);
           correlate(frames_of(dy, n, c + i), packed, s.T, j, to, false);
           sums[c + i] += sum_row(to, j.map);
         }
+        wide.send(count, wide_sums);
         dot_row(maps, row.offset + 1, row.n - 1, p.bo, count, dgraph, j.map, j.map, along + (mix.first[g] + 1) * p.bo + o);
         scatter_row(dmaps, row, count, dgraph, j.map, j.map);
       }
@@ -212,16 +211,17 @@ struct CtrBackward {
 };
 
 template <class S>
-void ctr_backward(const DynamicShape& s, const Pattern* p, GroupView<const S> x12, GroupView<const S> x3, const S* weight,
-                  const S* bias, const S* alpha, const S* A, View<const S> dy, S* dx12, S* dx3, S* dweight, S* dbias, S* dalpha,
-                  S* dA, int threads) {
+void ctr_backward(const DynamicShape& s, const Pattern* p, GroupView<const S> x12, const Wide<S>& x3, const S* weight,
+                  const S* bias, const S* alpha, const S* A, View<const S> dy, S* dx12, const WideGradient<S>& dx3, S* dweight,
+                  S* dbias, S* dalpha, S* dA, int threads) {
   // Sums over samples: in at most max_chunks ranges, then range by range.
   const int64_t chunks = min64(max_chunks, max64(s.N, 1));
   const Joints<S> j(s.V);
   size_t room = 0;
   int64_t size = 0, largest = 0;
   for (int64_t k = 0; k < s.K; k++) room += Mix<S>::room(s, p[k]), size += ctr_sums<S>(s, p[k]);
-  call_scratch.reserve(room + Scratch::room<S>(chunks * size));
+  const typename WideRows<S>::Tables tables(s, x3);
+  call_scratch.reserve(room + Scratch::room<S>(chunks * size) + Scratch::room<S>(chunks * tables.sums()));
   std::vector<Mix<S>> mixes;
   mixes.reserve(s.K);
   const S* of_subset = weight;
@@ -230,20 +230,33 @@ void ctr_backward(const DynamicShape& s, const Pattern* p, GroupView<const S> x1
     largest = max64(largest, mixes[k].panel_size());
   }
   S* partial = call_scratch.take<S>(chunks * size);
+  S* wide_partial = call_scratch.take<S>(chunks * tables.sums());
   parallel(chunks, threads, [&](int64_t chunk) {
     const FlushDenormals flush;
-    task_scratch.reserve(CtrBackward<S>::room(s, j, largest));
+    task_scratch.reserve(CtrBackward<S>::room(s, j, largest) + tables.room(true));
     CtrBackward<S> step(s, j, largest, task_scratch);
+    WideRows<S> wide(tables, task_scratch, &dx3);
+    S* wide_sums = wide_partial + chunk * tables.sums();
     std::memset(partial + chunk * size, 0, size * sizeof(S));
+    std::memset(wide_sums, 0, tables.sums() * sizeof(S));
     for (int64_t n = chunk * s.N / chunks; n < (chunk + 1) * s.N / chunks; n++) {
       S* along = partial + chunk * size;
+      wide.enter(n);
       for (int64_t k = 0; k < s.K; along += ctr_sums<S>(s, p[k]), k++)  // dy of a sample stays in L2
-        step.run(mixes[k], embedding(x12, k, 0), embedding(x12, k, 1), subset(x3, k), dy, n, A + k * s.V * s.V,
-                 dx12 + (n * s.K + k) * 2 * s.R * s.V, dx3 + (n * s.K + k) * s.C * s.T * s.V, along);
+        step.run(mixes[k], embedding(x12, k, 0), embedding(x12, k, 1), wide, dy, n, k, A + k * s.V * s.V,
+                 dx12 + (n * s.K + k) * 2 * s.R * s.V, along, wide_sums);
+      wide.leave();
     }
     end_stream();
   });
   add_parts(partial, chunks, size);
+  if (tables.made()) {
+    add_parts(wide_partial, chunks, tables.sums());
+    const int64_t weights = tables.entries() * x3.conv.bo;
+    if (s.N && weights) clear_ragged(x3.conv, wide_partial);
+    std::memcpy(dx3.values, wide_partial, weights * sizeof(S));
+    if (dx3.bias) std::memcpy(dx3.bias, wide_partial + weights, x3.conv.O * sizeof(S));
+  }
 
   double dot = 0;  // dalpha = sum of dG (b4 + W4 D)
   for (int64_t k = 0; k < s.K; k++) {

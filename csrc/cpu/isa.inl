@@ -17,6 +17,7 @@
 #include "graph_product.inl"
 #include "dynamic_math.inl"
 #include "dynamic_aa.inl"
+#include "dynamic_wide.inl"
 #include "dynamic_ctr.inl"
 #include "dynamic_dg.inl"
 #include "norm.inl"

@@ -57,6 +57,22 @@ struct GroupView {
   int64_t stride[5];
 };
 
+// What CTR-GCN's graphs multiply, (N, K, C, T, V): given, or made from x (N, I, T, V) by a 1 x 1 convolution of live blocks whose
+// outputs are the channels of one subset after the other. bias may be nullptr.
+template <class S>
+struct Wide {
+  bool made;
+  GroupView<const S> given;
+  Pattern conv;
+  View<const S> x;
+  const S *values, *bias;
+};
+// Its gradient: `wide`, or those of x, of the values and of the bias.
+template <class S>
+struct WideGradient {
+  S *wide, *x, *values, *bias;
+};
+
 // Batch norm over samples and pixels: P = T * V pixels lie in one run. Of a View of it only stride[0], stride[1] are read.
 struct NormShape {
   int64_t N, C, P;
@@ -153,11 +169,11 @@ struct Ops : Convolutions<S, S> {
                     int threads);
   void (*aa_graphs_backward)(const DynamicShape&, GroupView<const S> a, GroupView<const S> b, const S* alpha,
                              const S* dgraphs, GroupView<S> da, GroupView<S> db, S* dalpha, S* dA, int threads);
-  void (*ctr_forward)(const DynamicShape&, const Pattern* of_subsets, GroupView<const S> x12, GroupView<const S> x3,
+  void (*ctr_forward)(const DynamicShape&, const Pattern* of_subsets, GroupView<const S> x12, const Wide<S>& x3,
                       const S* weight, const S* bias, const S* alpha, const S* A, S* y, int threads);
-  void (*ctr_backward)(const DynamicShape&, const Pattern* of_subsets, GroupView<const S> x12, GroupView<const S> x3,
-                       const S* weight, const S* bias, const S* alpha, const S* A, View<const S> dy, S* dx12, S* dx3,
-                       S* dweight, S* dbias, S* dalpha, S* dA, int threads);
+  void (*ctr_backward)(const DynamicShape&, const Pattern* of_subsets, GroupView<const S> x12, const Wide<S>& x3,
+                       const S* weight, const S* bias, const S* alpha, const S* A, View<const S> dy, S* dx12,
+                       const WideGradient<S>& dx3, S* dweight, S* dbias, S* dalpha, S* dA, int threads);
   void (*dg_forward)(const DynamicShape&, GroupView<const S> x, View<const S> x1, View<const S> x2, const S* alpha,
                      const S* beta, const S* A, S* y, int threads);
   void (*dg_backward)(const DynamicShape&, GroupView<const S> x, View<const S> x1, View<const S> x2, const S* alpha,

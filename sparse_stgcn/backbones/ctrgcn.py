@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..joins import stacked
+from ..joins import live_stack, stacked
 from ..kernels.ctr import ctr_aggregate_sum
+from ..kernels.ctr_unit import ctr_unit
 from ..layers import SparseConv2d, normalise
 from ..skeleton import Skeleton
 from .base import Backbone, SharingUnit, graph_parameter, init_fan_out, shortcut
@@ -52,12 +53,16 @@ class ChannelGraphUnit(SharingUnit):
         """The unit where the mean over time (N, I, 1, V), which makes the graphs, is given; both inputs are x."""
         convs: Any = list(self.convs)
         embedded = stacked([c for conv in convs for c in (conv.conv1, conv.conv2)], mean)
-        wide = stacked([conv.conv3 for conv in convs], x)
-        last = [conv.conv4 for conv in convs]
+        last, wide = [conv.conv4 for conv in convs], [conv.conv3 for conv in convs]
         patterns = [conv.pattern for conv in last if conv.stage == "compact"]
         weights = [conv.values if patterns else conv.dense_weight()[:, :, 0, 0] for conv in last]
-        y = ctr_aggregate_sum(embedded[:, :, 0].unflatten(1, (len(convs), 2, -1)), wide.unflatten(1, (len(convs), -1)), weights,
-                              [conv.bias for conv in last], self.alpha, self.A, patterns or None)
+        embedded = embedded[:, :, 0].unflatten(1, (len(convs), 2, -1))
+        rest: Any = weights, [conv.bias for conv in last], self.alpha, self.A, patterns or None
+        live = live_stack(wide) if x.requires_grad else None  # in training; the fused runtime has its own way
+        if live is not None:
+            y = ctr_unit(embedded, x, *live, *rest)
+        else:
+            y = ctr_aggregate_sum(embedded, stacked(wide, x).unflatten(1, (len(convs), -1)), *rest)
         return normalise(self.bn, y, self.down(for_shortcut), relu=True)
 
 

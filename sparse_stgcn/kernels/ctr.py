@@ -20,6 +20,7 @@ from .pattern import BlockPattern
 __all__ = ["ctr_aggregate", "ctr_aggregate_sum"]
 
 _ops = torch.ops.sparse_stgcn
+_GIVEN: tuple[list[int], ...] = ([], [0, 0, 0], [])  # x3 is a tensor, see ctr_unit.py
 _DENSE = (8, 1)  # a dense W4 is taken in rows of eight channels, which share each map that is read
 
 
@@ -76,42 +77,66 @@ def ctr_aggregate_sum(embedded: Tensor, wide: Tensor, conv4_weights: Sequence[Te
     Raises:
         ValueError: a shape does not fit.
     """
-    if wide.dim() != 5 or embedded.dim() != 5 or embedded.shape[2] != 2 or (
-            *embedded.shape[:2], embedded.shape[4]) != (*wide.shape[:2], wide.shape[4]):
+    if wide.dim() != 5 or embedded.dim() != 5:
         raise ValueError("Expected embedded of shape (N, K, 2, R, V), wide of shape (N, K, C, T, V). "
                          f"Got {tuple(embedded.shape)} and {tuple(wide.shape)}.")
-    subsets, joints, shape = wide.shape[1], wide.shape[4], (wide.shape[2], embedded.shape[3])
-    patterns = [None] * subsets if conv4_patterns is None else list(conv4_patterns)
-    if not len(conv4_weights) == len(conv4_biases) == len(patterns) == subsets:
-        raise ValueError(f"Expected weights, biases and patterns of {subsets} subsets. "
-                         f"Got {len(conv4_weights)}, {len(conv4_biases)} and {len(patterns)}.")
-    for weight, bias, pattern in zip(conv4_weights, conv4_biases, patterns, strict=True):
-        if pattern is not None and pattern.shape != (*shape, 1):
-            raise ValueError(f"Expected conv4_pattern of shape (C, R, 1) = {(*shape, 1)}. Got {pattern.shape}.")
-        wanted = shape if pattern is None else pattern.values_shape
-        if tuple(weight.shape) != wanted or tuple(bias.shape) != shape[:1]:
-            raise ValueError(f"Expected conv4_weight of shape {wanted} and conv4_bias of shape {shape[:1]}. "
-                             f"Got {tuple(weight.shape)} and {tuple(bias.shape)}.")
+    subsets = wide.shape[1]
+    patterns = check_subsets(embedded, tuple(wide.shape), conv4_weights, conv4_biases, alpha, A, conv4_patterns)
     blocks = {pattern.block for pattern in patterns if pattern is not None}
-    check_graph(A, (subsets, joints, joints), alpha=alpha)
     if len(blocks) > 1:  # one by one
         parts = [ctr_aggregate_sum(embedded[:, k:k + 1], wide[:, k:k + 1], conv4_weights[k:k + 1], conv4_biases[k:k + 1], alpha,
                                    A[k:k + 1], patterns[k:k + 1]) for k in range(subsets)]  # type: ignore[arg-type]
         return reduce(add, parts)
     wide = widened(wide)
     embedded, wide, alpha, A = like(wide, embedded, wide, alpha, A)
-    weights, biases = like(wide, *conv4_weights), like(wide, *conv4_biases)
     if backend_for("ctr_aggregate", wide.device, wide.dtype) == "reference":
+        weights, biases = like(wide, *conv4_weights), like(wide, *conv4_biases)
         parts = [reference_dynamic.ctr_aggregate(embedded[:, k, 0], embedded[:, k, 1], wide[:, k], weights[k], biases[k], alpha,
                                                  A[k], patterns[k]) for k in range(subsets)]
         return reduce(add, parts)
+    weight, bias, *of_patterns = of_subsets(wide, conv4_weights, conv4_biases, patterns)
+    return _CtrAggregate.apply(embedded, wide, weight, bias, alpha, A, *of_patterns)
+
+
+def check_subsets(embedded: Tensor, wide: tuple[int, ...], weights: Sequence[Tensor], biases: Sequence[Tensor], alpha: Tensor,
+                  A: Tensor, patterns: Sequence[BlockPattern] | None) -> list[BlockPattern | None]:
+    """The pattern of every subset, where the arguments fit x3 of shape ``wide`` (N, K, C, T, V).
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    batch, subsets, channels, _, joints = wide
+    if embedded.shape[2] != 2 or (*embedded.shape[:2], embedded.shape[4]) != (batch, subsets, joints):
+        raise ValueError("Expected embedded of shape (N, K, 2, R, V), wide of shape (N, K, C, T, V). "
+                         f"Got {tuple(embedded.shape)} and {wide}.")
+    shape = (channels, embedded.shape[3])
+    found: list[BlockPattern | None] = [None] * subsets if patterns is None else list(patterns)
+    if not len(weights) == len(biases) == len(found) == subsets:
+        raise ValueError(f"Expected weights, biases and patterns of {subsets} subsets. "
+                         f"Got {len(weights)}, {len(biases)} and {len(found)}.")
+    for weight, bias, pattern in zip(weights, biases, found, strict=True):
+        if pattern is not None and pattern.shape != (*shape, 1):
+            raise ValueError(f"Expected conv4_pattern of shape (C, R, 1) = {(*shape, 1)}. Got {pattern.shape}.")
+        wanted = shape if pattern is None else pattern.values_shape
+        if tuple(weight.shape) != wanted or tuple(bias.shape) != shape[:1]:
+            raise ValueError(f"Expected conv4_weight of shape {wanted} and conv4_bias of shape {shape[:1]}. "
+                             f"Got {tuple(weight.shape)} and {tuple(bias.shape)}.")
+    check_graph(A, (subsets, joints, joints), alpha=alpha)
+    return found
+
+
+def of_subsets(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], patterns: Sequence[BlockPattern | None]
+               ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[int], list[int], list[int]]:
+    """W4 and b4 of all subsets as raw ops take them, in the dtype of x: weight, bias, row_ptr, input, blocks, shape, block."""
     row_ptr = input = None
-    if conv4_patterns is not None:
-        row_ptr = torch.stack([pattern.row_ptr for pattern in conv4_patterns])
-        input = torch.cat([pattern.input for pattern in conv4_patterns])
-    counts, block = [0 if pattern is None else pattern.num_blocks for pattern in patterns], list(max(blocks, default=_DENSE))
-    return _CtrAggregate.apply(embedded, wide, torch.cat([weight.flatten() for weight in weights]), torch.stack(biases), alpha,
-                               A, row_ptr, input, counts, [*shape, 1], block)
+    live = [pattern for pattern in patterns if pattern is not None]
+    if live:
+        row_ptr = torch.stack([pattern.row_ptr for pattern in live])
+        input = torch.cat([pattern.input for pattern in live])
+    shape = list(live[0].shape) if live else [*weights[0].shape, 1]
+    return (torch.cat([weight.flatten() for weight in like(x, *weights)]), torch.stack(like(x, *biases)), row_ptr, input,
+            [0 if pattern is None else pattern.num_blocks for pattern in patterns], shape,
+            list(live[0].block if live else _DENSE))
 
 
 class _CtrAggregate(torch.autograd.Function):
@@ -153,7 +178,7 @@ def _ctr(embedded: Tensor, wide: Tensor, weight: Tensor, bias: Tensor, alpha: Te
     _native.module.ctr_forward(
         wide.dtype == torch.float64, _ctr_sizes(embedded, wide), _native.sizes(shape, block, 0), blocks,
         [_native.address(row_ptr), _native.address(input)], addresses(embedded, wide, weight, bias, alpha, A, y),
-        strides(embedded, wide), torch.get_num_threads())
+        strides(embedded, wide), *_GIVEN, torch.get_num_threads())
     return y
 
 
@@ -173,5 +198,5 @@ def _ctr_backward(dy: Tensor, embedded: Tensor, wide: Tensor, weight: Tensor, bi
         wide.dtype == torch.float64, _ctr_sizes(embedded, wide), _native.sizes(shape, block, 0), blocks,
         [_native.address(row_ptr), _native.address(input)],
         addresses(embedded, wide, weight, bias, alpha, A, dy, *gradients), strides(embedded, wide, dy),
-        torch.get_num_threads())
+        *_GIVEN, torch.get_num_threads())
     return gradients
