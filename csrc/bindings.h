@@ -55,7 +55,7 @@ GroupView<S> group_view(Address data, const Sizes& stride) {
   return {(S*)data, {stride[0], stride[1], stride[2], stride[3], stride[4]}};
 }
 
-// What CTR-GCN's graphs multiply: `given`, or, where there is a pattern, made from made[0] with weights made[1] and bias made[2].
+// What graphs multiply or are made of: `given`, or, where there is a pattern, made from made[0] with weights made[1] and bias made[2].
 template <class S>
 Wide<S> wide(Address given, const Sizes& stride, const Sizes& conv, const std::array<Address, 3>& index, const Addresses& made) {
   if (conv.empty()) return {false, group_view<const S>(given, stride), {}, {}, nullptr, nullptr};

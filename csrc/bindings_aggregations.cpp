@@ -20,6 +20,24 @@ void bind_aggregations(py::module_& m) {
                              (S*)t[6], (S*)t[7], threads);
     });
   });
+  // t = x, values, bias, alpha, A, graphs, similar; in the backward pass x, values, bias, alpha, similar, dgraphs, and the
+  // gradients of x, values, bias, alpha, A.
+  m.def("aa_unit_graphs", [](bool is_double, const Sizes& shape, const Addresses& t, const Sizes& stride, const Sizes& conv,
+                             const std::array<Address, 3>& index, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.aa_unit_graphs(dynamic_shape(shape), wide<S>(0, stride, conv, index, t), (const S*)t[3], (const S*)t[4], (S*)t[5],
+                         (S*)t[6], threads);
+    });
+  });
+  m.def("aa_unit_graphs_backward", [](bool is_double, const Sizes& shape, const Addresses& t, const Sizes& stride,
+                                      const Sizes& conv, const std::array<Address, 3>& index, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      ops.aa_unit_graphs_backward(dynamic_shape(shape), wide<S>(0, stride, conv, index, t), (const S*)t[3], (const S*)t[4],
+                                  (const S*)t[5], {nullptr, (S*)t[6], (S*)t[7], (S*)t[8]}, (S*)t[9], (S*)t[10], threads);
+    });
+  });
   // x3 is t[1] with stride[1]; or, where conv is not empty, made from x: conv = sizes of its pattern, conv_index = addresses of its
   // indices, made = addresses of x, values, bias, and of their gradients in the backward pass; stride[1] is then that of x.
   m.def("ctr_forward", [](bool is_double, const Sizes& shape, const Sizes& size, const Sizes& blocks,

@@ -250,13 +250,7 @@ void ctr_backward(const DynamicShape& s, const Pattern* p, GroupView<const S> x1
     end_stream();
   });
   add_parts(partial, chunks, size);
-  if (tables.made()) {
-    add_parts(wide_partial, chunks, tables.sums());
-    const int64_t weights = tables.entries() * x3.conv.bo;
-    if (s.N && weights) clear_ragged(x3.conv, wide_partial);
-    std::memcpy(dx3.values, wide_partial, weights * sizeof(S));
-    if (dx3.bias) std::memcpy(dx3.bias, wide_partial + weights, x3.conv.O * sizeof(S));
-  }
+  WideRows<S>::finish(tables, wide_partial, chunks, dx3);
 
   double dot = 0;  // dalpha = sum of dG (b4 + W4 D)
   for (int64_t k = 0; k < s.K; k++) {

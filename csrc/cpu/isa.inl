@@ -16,8 +16,8 @@
 #include "sample_graphs.inl"
 #include "graph_product.inl"
 #include "dynamic_math.inl"
-#include "dynamic_aa.inl"
 #include "dynamic_wide.inl"
+#include "dynamic_aa.inl"
 #include "dynamic_ctr.inl"
 #include "dynamic_dg.inl"
 #include "norm.inl"
@@ -47,7 +47,7 @@ template <class S>
 constexpr Ops<S> ops() {
   return {convolutions<S, S>(), graph_product<S>, graph_product_backward<S>, sample_product<S>,
           sample_product_backward<S>, lasso_square<S>, lasso_gradient<S>,
-          aa_graphs<S>,        aa_graphs_backward<S>, ctr_forward<S>, ctr_backward<S>, dg_forward<S>, dg_backward<S>,
+          aa_graphs<S>,        aa_graphs_backward<S>, aa_unit_graphs<S>, aa_unit_graphs_backward<S>, ctr_forward<S>, ctr_backward<S>, dg_forward<S>, dg_backward<S>,
           norm_forward<S>,     norm_backward<S>, attend_forward<S>,   attend_backward<S>, pool_forward<S>, pool_backward<S>,
           frame_mean<S>, total_of<S>, append_mean<S>, append_mean_backward<S>, spread_mean<S>, spread_mean_backward<S>,
           block_forward<S>,    block_backward<S>};

@@ -57,7 +57,7 @@ struct GroupView {
   int64_t stride[5];
 };
 
-// What CTR-GCN's graphs multiply, (N, K, C, T, V): given, or made from x (N, I, T, V) by a 1 x 1 convolution of live blocks whose
+// What graphs multiply or are made of, (N, K, C, T, V): given, or made from x (N, I, T, V) by a 1 x 1 convolution of live blocks whose
 // outputs are the channels of one subset after the other. bias may be nullptr.
 template <class S>
 struct Wide {
@@ -169,6 +169,10 @@ struct Ops : Convolutions<S, S> {
                     int threads);
   void (*aa_graphs_backward)(const DynamicShape&, GroupView<const S> a, GroupView<const S> b, const S* alpha,
                              const S* dgraphs, GroupView<S> da, GroupView<S> db, S* dalpha, S* dA, int threads);
+  // ab.conv makes all a_k, then all b_k; similar (N, K, V, V): what alpha is multiplied with, for the backward pass.
+  void (*aa_unit_graphs)(const DynamicShape&, const Wide<S>& ab, const S* alpha, const S* A, S* graphs, S* similar, int threads);
+  void (*aa_unit_graphs_backward)(const DynamicShape&, const Wide<S>& ab, const S* alpha, const S* similar, const S* dgraphs,
+                                  const WideGradient<S>& dab, S* dalpha, S* dA, int threads);
   void (*ctr_forward)(const DynamicShape&, const Pattern* of_subsets, GroupView<const S> x12, const Wide<S>& x3,
                       const S* weight, const S* bias, const S* alpha, const S* A, S* y, int threads);
   void (*ctr_backward)(const DynamicShape&, const Pattern* of_subsets, GroupView<const S> x12, const Wide<S>& x3,

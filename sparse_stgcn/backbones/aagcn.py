@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..joins import stacked, sum_over_graphs
+from ..joins import live_stack, stacked, sum_over_graphs
 from ..kernels import attend
+from ..kernels.aa_unit import aa_unit_graph
 from ..kernels.dispatch import runs_natively, widened
 from ..kernels.dynamic import aa_graph
 from ..layers import SparseConv2d, TemporalUnit, normalise, unwatched
@@ -65,7 +66,10 @@ class AdaptiveGraphUnit(SharingUnit):
 
     def read(self, x: Tensor, for_graphs: Tensor, for_shortcut: Tensor) -> Tensor:  # type: ignore[override]
         """The unit; all inputs are x."""
-        y = self.with_graphs(x, for_shortcut, aa_graph(self.embedded_pairs(for_graphs), self.alpha, self.A))
+        live = live_stack([*self.conv_a, *self.conv_b]) if for_graphs.requires_grad else None  # type: ignore[list-item]
+        graphs = (aa_graph(self.embedded_pairs(for_graphs), self.alpha, self.A) if live is None
+                  else aa_unit_graph(for_graphs, *live, self.alpha, self.A))
+        y = self.with_graphs(x, for_shortcut, graphs)
         return self._attend(y) if self.attention else y
 
     def embedded_pairs(self, x: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def ctr_unit(embedded: Tensor, x: Tensor, values: Tensor, pattern: BlockPattern,
     shape = (x.shape[0], subsets, outputs // subsets, *x.shape[2:])
     patterns = check_subsets(embedded, shape, conv4_weights, conv4_biases, alpha, A, conv4_patterns)
     blocks = {p.block for p in patterns if p is not None}
-    if len(blocks) > 1 or not _pays(pattern) or backend_for("ctr_unit", x.device, x.dtype) == "reference":
+    if len(blocks) > 1 or not pays(pattern) or backend_for("ctr_unit", x.device, x.dtype) == "reference":
         wide = temporal_conv(x, values, pattern, bias).unflatten(1, (subsets, -1))
         return ctr_aggregate_sum(embedded, wide, conv4_weights, conv4_biases, alpha, A, conv4_patterns)
     embedded, alpha, A = like(x, embedded, alpha, A)
@@ -63,8 +63,8 @@ def ctr_unit(embedded: Tensor, x: Tensor, values: Tensor, pattern: BlockPattern,
                           pattern.row_ptr, pattern.input, pattern.tap, pattern.shape, pattern.block)
 
 
-def _pays(pattern: BlockPattern) -> bool:
-    """Making x3 twice is cheaper than moving it, but for many live blocks of few outputs: a load for each."""
+def pays(pattern: BlockPattern) -> bool:
+    """Making rows twice is cheaper than moving them, but for many live blocks of few outputs: a load for each."""
     return pattern.block[0] >= 4 or pattern.density < 0.3
 
 
