@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from . import _native
 from ._library import LIBRARY, check_values, implement
 from .ctr_unit import pays
-from .dispatch import backend_for, widened
+from .dispatch import runs_natively, widened
 from .dynamic import aa_graph, addresses, check_graph, like, new
 from .pattern import BlockPattern
 from .temporal_conv import temporal_conv
@@ -48,7 +48,7 @@ def aa_unit_graph(x: Tensor, values: Tensor, pattern: BlockPattern, bias: Tensor
     check_graph(A, (A.shape[0], x.shape[3], x.shape[3]), alpha=alpha)
     x = widened(x)
     check_values(x, values, pattern, bias, (outputs,))
-    if not pays(pattern) or backend_for("aa_unit_graph", x.device, x.dtype) == "reference":
+    if not pays(pattern) or not runs_natively("aa_unit_graph", x):
         embedded = temporal_conv(x, values, pattern, bias).unflatten(1, (2, A.shape[0], -1))
         return aa_graph(embedded, alpha, A)
     alpha, A = like(x, alpha, A)

@@ -12,7 +12,7 @@ from . import _native
 from ._library import LIBRARY, check_values, implement
 from ._memory import empty
 from .ctr import check_subsets, ctr_aggregate_sum, of_subsets
-from .dispatch import backend_for, widened
+from .dispatch import runs_natively, widened
 from .dynamic import addresses, like, new, strides
 from .pattern import BlockPattern
 from .temporal_conv import temporal_conv
@@ -55,7 +55,7 @@ def ctr_unit(embedded: Tensor, x: Tensor, values: Tensor, pattern: BlockPattern,
     shape = (x.shape[0], subsets, outputs // subsets, *x.shape[2:])
     patterns = check_subsets(embedded, shape, conv4_weights, conv4_biases, alpha, A, conv4_patterns)
     blocks = {p.block for p in patterns if p is not None}
-    if len(blocks) > 1 or not pays(pattern) or backend_for("ctr_unit", x.device, x.dtype) == "reference":
+    if len(blocks) > 1 or not pays(pattern) or not runs_natively("ctr_unit", x):
         wide = temporal_conv(x, values, pattern, bias).unflatten(1, (subsets, -1))
         return ctr_aggregate_sum(embedded, wide, conv4_weights, conv4_biases, alpha, A, conv4_patterns)
     embedded, alpha, A = like(x, embedded, alpha, A)
