@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_stgcn.kernels import BlockPattern, reference_dynamic
+from sparse_stgcn.kernels import BlockPattern, reference, reference_dynamic
+from sparse_stgcn.kernels.aa_unit import aa_unit_graph
 from sparse_stgcn.kernels.ctr import ctr_aggregate
+from sparse_stgcn.kernels.ctr_unit import ctr_unit
 from sparse_stgcn.kernels.dynamic import aa_graph, dg_aggregate
 
 SHAPES = [(64, 100), (128, 50), (256, 25)]
-OPS = ["aa", "ctr", "ctr_sparse", "dg"]
+OPS = ["aa", "aa_unit", "ctr", "ctr_sparse", "ctr_unit", "dg"]
 N, V, K = 4, 25, 8
 
 
@@ -32,6 +34,8 @@ def case(op: str, channels: int, frames: int) -> tuple[Callable[..., Tensor], Ca
         x1, x2 = normal(N, K, inner, V), normal(N, K, inner, V)
         arguments = [x.unflatten(1, (K, inner)), x1, x2, alpha, alpha / 2, normal(K, V, V) / 5]
         return dg_aggregate, reference_dynamic.dg_aggregate, arguments
+    if op.endswith("unit"):
+        return unit(op, channels, x, alpha, normal, generator)
     rank = channels // 8
     weight, pattern = normal(channels, rank), None
     if op == "ctr_sparse":
@@ -39,8 +43,34 @@ def case(op: str, channels: int, frames: int) -> tuple[Callable[..., Tensor], Ca
         pattern = BlockPattern.from_blocks(live.transpose(0, 1), (channels, rank, 1), (8, 1))
         weight = pattern.gather(weight[..., None])
     arguments = [normal(N, rank, V), normal(N, rank, V), x, weight / rank**0.5, normal(channels), alpha, graph]
-    native, reference = (partial(op, conv4_pattern=pattern) for op in (ctr_aggregate, reference_dynamic.ctr_aggregate))
-    return native, reference, arguments
+    native, plain = (partial(op, conv4_pattern=pattern) for op in (ctr_aggregate, reference_dynamic.ctr_aggregate))
+    return native, plain, arguments
+
+
+def unit(op: str, channels: int, x: Tensor, alpha: Tensor, normal: Callable[..., Tensor], generator: torch.Generator
+         ) -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+    """Three subsets with the convolution before them, 0.95 of whose blocks of eight outputs are masked."""
+    outputs, rank = 3 * (channels // 2 if op == "aa_unit" else channels), channels // 8
+    live = torch.rand(outputs // 8, channels, 1, generator=generator) < 0.05
+    pattern = BlockPattern.from_blocks(live, (outputs, channels, 1), (8, 1))
+    values = pattern.gather(normal(outputs, channels, 1)) / (channels / 20)**0.5
+    arguments = [x, values, normal(outputs), alpha, normal(3, V, V) / 5]
+    if op == "aa_unit":
+        def plain(x, values, bias, alpha, A):
+            embedded = reference.temporal_conv(x, values, pattern, bias).unflatten(1, (2, 3, -1))
+            return reference_dynamic.aa_graph(embedded, alpha, A)
+
+        return lambda x, values, bias, *rest: aa_unit_graph(x, values, pattern, bias, *rest), plain, arguments
+
+    def native(x, values, bias, alpha, A, embedded, weights, biases):
+        return ctr_unit(embedded, x, values, pattern, bias, list(weights), list(biases), alpha, A)
+
+    def apart(x, values, bias, alpha, A, embedded, weights, biases):
+        wide = reference.temporal_conv(x, values, pattern, bias).unflatten(1, (3, -1))
+        return sum(reference_dynamic.ctr_aggregate(*embedded[:, k].unbind(1), wide[:, k], weights[k], biases[k], alpha, A[k])
+                   for k in range(3))
+
+    return native, apart, [*arguments, normal(N, 3, 2, rank, V), normal(3, channels, rank) / rank**0.5, normal(3, channels)]
 
 
 def in_double(function: Callable[..., Tensor], arguments: list[Tensor]) -> Tensor:
@@ -67,7 +97,7 @@ def bench_forward(checked, op, engine, channels, frames):
 def bench_backward(checked, op, engine, channels, frames):
     """The gradients of all arguments together; that of x, or of the embeddings, is compared."""
     native, reference, arguments = case(op, channels, frames)
-    at = 2 if op.startswith("ctr") else 0
+    at = 2 if op in ("ctr", "ctr_sparse") else 0
     dy = torch.randn(reference(*arguments).shape, generator=torch.Generator().manual_seed(1))
 
     def gradient(function: Callable[..., Tensor], dtype: torch.dtype) -> Callable[[], Tensor]:

@@ -106,6 +106,7 @@ void ctr_forward(const DynamicShape& s, const Pattern* p, GroupView<const S> x12
     largest = max64(largest, mixes[k].panel_size());
   }
   const Joints<S> j(s.V);
+  static_assert(mix_rows <= WideRows<S>::group);
   const typename WideRows<S>::Tables tables(s, x3);
   // Threads without a sample of their own take block rows of one, and make the maps once more.
   const int64_t rows = p[0].rows, bo = p[0].bo, parts = s.N ? max64(1, min64(rows, ceil_div(threads, s.N))) : 1;
