@@ -1,7 +1,7 @@
 """kernels.aa_unit_graph against the two ops that it stands for, and in AA-GCN's unit."""
 from __future__ import annotations
 
-import copy
+import sys
 
 import pytest
 import torch
@@ -9,12 +9,11 @@ from torch import Tensor
 
 from sparse_stgcn import BlockPattern, compact, create_model, sparsify
 from sparse_stgcn.backbones import aagcn
-from sparse_stgcn.kernels import _native, temporal_conv
+from sparse_stgcn.kernels import _native
 from sparse_stgcn.kernels.aa_unit import aa_unit_graph
-from sparse_stgcn.kernels.dispatch import forced_backend
-from sparse_stgcn.kernels.dynamic import aa_graph
-from tests import forced_isa
+from tests import unit_cases
 from tests.kernel_cases import STRIDES, normal, random_pattern, strided
+from tests.unit_cases import trains_alike
 
 native = pytest.mark.skipif(_native.module is None, reason="the native module is not built")
 
@@ -40,12 +39,9 @@ def arguments(case: str, dtype: torch.dtype = torch.float64, kind: str = "contig
             draw(3, pattern.shape[0]) / 2, draw(4, 1), draw(5, subsets, joints, joints)], pattern
 
 
-def run(given: list[Tensor], pattern: BlockPattern, dgraphs: Tensor, one: bool = True, bias: bool = True) -> list[Tensor]:
+def run(given: list[Tensor], pattern: BlockPattern, dgraphs: Tensor, bias: bool = True) -> list[Tensor]:
     x, values, b, alpha, A = leaves = [tensor.detach().requires_grad_() for tensor in given]
-    if one:
-        graphs = aa_unit_graph(x, values, pattern, b if bias else None, alpha, A)
-    else:
-        graphs = aa_graph(temporal_conv(x, values, pattern, b if bias else None).unflatten(1, (2, A.shape[0], -1)), alpha, A)
+    graphs = aa_unit_graph(x, values, pattern, b if bias else None, alpha, A)
     wanted = leaves if bias else [x, values, alpha, A]
     return [graphs.detach(), *torch.autograd.grad(graphs, wanted, dgraphs)]
 
@@ -58,15 +54,7 @@ def gradient(case: str, dtype: torch.dtype = torch.float64, kind: str = "contigu
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("case", CASES)
 def test_matches_the_reference(case: str, bias: bool) -> None:
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
-        given, pattern = arguments(case, dtype)
-        got = run(given, pattern, gradient(case, dtype), bias=bias)
-        with forced_backend("reference"):
-            exact = run([tensor.double() for tensor in given], pattern, gradient(case, dtype).double(), bias=bias)
-        for index, (a, e) in enumerate(zip(got, exact, strict=True)):
-            assert a.dtype == dtype
-            scale = max(1.0, e.abs().max().item()) if e.numel() else 1.0
-            torch.testing.assert_close(a.double(), e, rtol=0, atol=tolerance * scale, msg=lambda m, i=index: f"result {i}: {m}")
+    unit_cases.against_the_reference(sys.modules[__name__], case, bias=bias)
 
 
 @pytest.mark.parametrize("kind", STRIDES)
@@ -171,40 +159,12 @@ def test_the_unit_takes_it_in_training(block: tuple[int, int], level: float, mad
     """Embeddings of 8 channels are no multiple of 32 rows: the convolutions then run one by one."""
     torch.manual_seed(0)
     model = compact(sparsify(create_model("aagcn", 5, base_channels=32, num_person=1), level, block)).double().train()
-    unit, x, calls, results = model.backbone.gcn[1].gcn, normal(2, 32, 6, 25, seed=1).double(), [], []
+    unit, x, calls = model.backbone.gcn[1].gcn, normal(2, 32, 6, 25, seed=1).double(), []
     monkeypatch.setattr(aagcn, "aa_unit_graph", lambda *a: calls.append(1) or aa_unit_graph(*a))
-    for way in ("one", "hook", "apart"):
-        other, leaf = copy.deepcopy(unit), x.clone().requires_grad_()
-        if way == "hook":
-            other.conv_a[1].register_forward_hook(lambda *_: None)
-        if way == "apart":
-            monkeypatch.setattr(aagcn, "live_stack", lambda convs: None)
-        other(leaf).square().sum().backward()
-        results.append([leaf.grad, *(p.grad for p in other.parameters())])
-        assert len(calls) == made
-    for others in results[1:]:
-        for a, b in zip(results[0], others, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    trains_alike(unit, x, "conv_a.1", aagcn, calls, int(made), monkeypatch)
 
 
 @native
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_every_instruction_set(isa: str) -> None:
-    forced_isa.run(isa, """
-import torch
-from sparse_stgcn.kernels import _native
-if _native.isa != {isa!r}:
-    print("SKIP", _native.reason)
-    raise SystemExit
-from sparse_stgcn.kernels.dispatch import forced_backend
-from tests.test_aa_unit import CASES, arguments, gradient, run
-for case in CASES:
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
-        given, pattern = arguments(case, dtype)
-        got = run(given, pattern, gradient(case, dtype))
-        with forced_backend("reference"):
-            exact = run([t.double() for t in given], pattern, gradient(case, dtype).double())
-        for a, e in zip(got, exact):
-            assert (a - e).abs().max() <= tolerance * max(1, e.abs().max()) if e.numel() else True, case
-print("OK")
-""")
+    unit_cases.on_an_instruction_set(isa, "test_aa_unit")

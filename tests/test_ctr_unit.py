@@ -1,7 +1,7 @@
 """kernels.ctr_unit against the two ops that it stands for, and in CTR-GCN's unit."""
 from __future__ import annotations
 
-import copy
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from sparse_stgcn import BlockPattern, compact, create_model, sparsify
 from sparse_stgcn.backbones import ctrgcn
-from sparse_stgcn.kernels import _native, temporal_conv
+from sparse_stgcn.kernels import _native
 from sparse_stgcn.kernels import ctr_unit as module
-from sparse_stgcn.kernels.ctr import ctr_aggregate_sum
 from sparse_stgcn.kernels.ctr_unit import ctr_unit
 from sparse_stgcn.kernels.dispatch import forced_backend
-from tests import forced_isa
+from tests import unit_cases
 from tests.kernel_cases import STRIDES, integers, normal, random_pattern, strided
+from tests.unit_cases import trains_alike
 
 native = pytest.mark.skipif(_native.module is None, reason="the native module is not built")
 
@@ -33,29 +33,26 @@ CASES = {
 }
 
 
-def arguments(case: str, dtype: torch.dtype = torch.float64, kind: str = "contiguous", live4: bool = True, bias: bool = True,
-              make=normal) -> tuple[list[Tensor], BlockPattern, list[BlockPattern] | None]:
+def arguments(case: str, dtype: torch.dtype = torch.float64, kind: str = "contiguous", live4: bool = True, make=normal
+              ) -> tuple[list[Tensor], BlockPattern, list[BlockPattern] | None]:
     (batch, subsets, channels, rank, inputs, frames, joints), block, density = CASES[case]
     draw = lambda seed, *shape: make(*shape, seed=seed).to(dtype)
     pattern = random_pattern((subsets * channels, inputs, 1), block, density)
     patterns = [random_pattern((channels, rank, 1), block, 0.5, seed=k) for k in range(subsets)] if live4 else None
     dense = [draw(10 + k, channels, rank, 1) for k in range(subsets)]
     return [strided(draw(1, batch, inputs, frames, joints), kind), draw(2, batch, subsets, 2, rank, joints),
-            pattern.gather(draw(3, *pattern.shape)), draw(4, subsets * channels) * bias, draw(5, 1),
+            pattern.gather(draw(3, *pattern.shape)), draw(4, subsets * channels), draw(5, 1),
             draw(6, subsets, joints, joints),
             *(w[..., 0] if patterns is None else p.gather(w) for w, p in zip(dense, patterns or dense, strict=True)),
             *(draw(20 + k, channels) for k in range(subsets))], pattern, patterns
 
 
-def run(given: list[Tensor], pattern: BlockPattern, patterns: list[BlockPattern] | None, dy: Tensor, one: bool = True,
-        bias: bool = True) -> list[Tensor]:
+def run(given: list[Tensor], pattern: BlockPattern, patterns: list[BlockPattern] | None, dy: Tensor, bias: bool = True
+        ) -> list[Tensor]:
     leaves = [tensor.detach().requires_grad_() for tensor in given]
     x, embedded, values, b, alpha, A, *rest = leaves
-    small, b = (rest[:len(rest) // 2], rest[len(rest) // 2:], alpha, A, patterns), b if bias else None
-    if one:
-        y = ctr_unit(embedded, x, values, pattern, b, *small)
-    else:
-        y = ctr_aggregate_sum(embedded, temporal_conv(x, values, pattern, b).unflatten(1, (A.shape[0], -1)), *small)
+    half = len(rest) // 2
+    y = ctr_unit(embedded, x, values, pattern, b if bias else None, rest[:half], rest[half:], alpha, A, patterns)
     wanted = [leaf for leaf in leaves if bias or leaf is not leaves[3]]
     return [y.detach(), *torch.autograd.grad(y, wanted, dy)]
 
@@ -69,15 +66,7 @@ def gradient(case: str, dtype: torch.dtype = torch.float64, kind: str = "contigu
 @pytest.mark.parametrize("live4", [True, False])
 @pytest.mark.parametrize("case", CASES)
 def test_matches_the_reference(case: str, live4: bool, bias: bool) -> None:
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
-        given, *patterns = arguments(case, dtype, live4=live4, bias=bias)
-        got = run(given, *patterns, gradient(case, dtype), bias=bias)
-        with forced_backend("reference"):
-            exact = run([tensor.double() for tensor in given], *patterns, gradient(case, dtype).double(), bias=bias)
-        for index, (a, e) in enumerate(zip(got, exact, strict=True)):
-            assert a.dtype == dtype
-            scale = max(1.0, e.abs().max().item()) if e.numel() else 1.0
-            torch.testing.assert_close(a.double(), e, rtol=0, atol=tolerance * scale, msg=lambda m, i=index: f"result {i}: {m}")
+    unit_cases.against_the_reference(sys.modules[__name__], case, live4=live4, bias=bias)
 
 
 @native
@@ -208,39 +197,10 @@ def test_the_unit_takes_it_in_training(block: tuple[int, int], level: float, cal
     real = torch.ops.sparse_stgcn.ctr_unit
     monkeypatch.setattr(module, "_ops", SimpleNamespace(ctr_unit=lambda *a: made.append(1) or real(*a),
                                                         ctr_unit_backward=torch.ops.sparse_stgcn.ctr_unit_backward))
-    results = []
-    for way in ("one", "hook", "apart"):
-        other, leaf = copy.deepcopy(unit), x.clone().requires_grad_()
-        if way == "hook":
-            other.convs[1].conv3.register_forward_hook(lambda *_: None)
-        if way == "apart":
-            monkeypatch.setattr(ctrgcn, "live_stack", lambda convs: None)
-        other(leaf).square().sum().backward()
-        results.append([leaf.grad, *(p.grad for p in other.parameters())])
-        assert len(made) == calls
-    for others in results[1:]:
-        for a, b in zip(results[0], others, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    trains_alike(unit, x, "convs.1.conv3", ctrgcn, made, calls, monkeypatch)
 
 
 @native
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_every_instruction_set(isa: str) -> None:
-    forced_isa.run(isa, """
-import torch
-from sparse_stgcn.kernels import _native
-if _native.isa != {isa!r}:
-    print("SKIP", _native.reason)
-    raise SystemExit
-from sparse_stgcn.kernels.dispatch import forced_backend
-from tests.test_ctr_unit import CASES, arguments, gradient, run
-for case in CASES:
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
-        given, *patterns = arguments(case, dtype)
-        got = run(given, *patterns, gradient(case, dtype))
-        with forced_backend("reference"):
-            exact = run([t.double() for t in given], *patterns, gradient(case, dtype).double())
-        for a, e in zip(got, exact):
-            assert (a - e).abs().max() <= tolerance * max(1, e.abs().max()) if e.numel() else True, case
-print("OK")
-""")
+    unit_cases.on_an_instruction_set(isa, "test_ctr_unit")
