@@ -132,6 +132,10 @@ def report(grid: Grid, root: Path, out: Path) -> None:
             print("results   none yet")
             return
         collect.write(grid, entries, path)
+        entries, recorded = [entry for entry in entries if not entry.get("former")], len(entries)
+        if recorded > len(entries):
+            print(f"former    {recorded - len(entries)} entries of runs that the grid has not, or has with other options: "
+                  f"they stay in {path} and are in no table")
         text = [f"# {grid.name}\n"]
         for table in grid.tables:
             found = tables.cells(table, entries)

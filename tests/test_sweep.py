@@ -293,6 +293,32 @@ def test_members_of_a_combination_may_be_trained_in_different_places(tmp_path, m
     assert "to hold the scores of the recorded run, top-1 0.1230" in capsys.readouterr().err
 
 
+def test_entries_of_another_version_of_the_grid_stay_but_are_in_no_table(tmp_path, capsys):
+    """The recipe of a recorded run was changed, another run was dropped, a third was recorded before an option existed."""
+    this = grid(tmp_path / "g.yaml", runs=[{"sparsity": 0.9, "seed": [0, 1]}],
+                tables={"accuracy": {"rows": ["backbone"], "columns": "sparsity"}})
+
+    def recorded(name, top1, **change):
+        return {"name": name, "config": {**this.runs[0].config.to_dict(), **change}, "test": {"top1": top1},
+                "weights": {"all": 9, "maskable_kept_fraction": 0.1, "all_kept_fraction": 0.1},
+                "confidence": {"expected_calibration_error": 0.1, "under_half": 0.1, "max_probability": [0.5]}}
+
+    old = recorded("0.9_seed1", 0.5, seed=1)
+    del old["config"]["box"]
+    before = [recorded("0.9_seed0", 0.25, epochs=3), recorded("0.95_seed0", 0.75, sparsity=0.95), old]
+    entries = collect.collect(this, tmp_path / "runs", before)
+    assert [(e["name"], e.get("former", False)) for e in entries] == [
+        ("0.9_seed1", False), ("0.9_seed0", True), ("0.95_seed0", True)]
+    assert entries[0]["config"]["box"] is False
+    assert collect.collect(this, tmp_path / "runs", entries) == entries
+    collect.write(this, entries, tmp_path / "g.json")
+    sweep.report(this, tmp_path / "runs", tmp_path)
+    said = capsys.readouterr().out
+    assert "2 entries of runs that the grid has not" in said
+    assert "| stgcn | 0.00 M | 50.0 |" in said and "75.0" not in said and "25.0" not in said
+    assert len(collect.read(tmp_path / "g.json")) == 3
+
+
 def test_members_of_a_combination_agree_in_everything_else(tmp_path):
     entries = [entry(0.5, 0.9, seed=s) for s in (0, 1)] + [entry(0.8, 0.8, seed=1, warmup_epochs=None)]
     entries[0]["config"]["warmup_epochs"] = entries[1]["config"]["warmup_epochs"] = 3

@@ -35,7 +35,8 @@ def collect(grid: Grid, root: Path, before: Sequence[Entry] = (), kept: Path | N
     """Entries of all finished runs under ``root`` and of the combinations whose members are finished: runs first.
 
     Args:
-        before: entries of an earlier call: those that cannot be made again here are kept.
+        before: entries of an earlier call: those that cannot be made again here are kept. Those of runs that the grid does not
+            have any more, or has with other options, are marked ``former``, and belong into no table.
         kept: directory of the scores of runs that a combination may use: those of finished runs are copied to it, and those
             of runs in ``before`` are read from it, so that members may be trained in different places.
     """
@@ -51,18 +52,27 @@ def collect(grid: Grid, root: Path, before: Sequence[Entry] = (), kept: Path | N
             if needed and kept is not None:
                 kept.mkdir(parents=True, exist_ok=True)
                 write_atomically(kept / f"{run.name}.npz", file.read_bytes())
-        elif needed and kept is not None and (entry := recorded(run, before)) and (kept / f"{run.name}.npz").exists():
+        elif entry := recorded(run, before):
             options = {key: value for key, value in run.config.to_dict().items() if key not in _LEFT_OUT}
-            combinable[run.name] = {**entry, "config": {**options, **entry["config"]}}
-            scores[run.name] = _kept_scores(kept / f"{run.name}.npz", entry)
+            made[run.name] = {**_current(entry), "config": {**options, **entry["config"]}}
+            if needed and kept is not None and (kept / f"{run.name}.npz").exists():
+                combinable[run.name] = made[run.name]
+                scores[run.name] = _kept_scores(kept / f"{run.name}.npz", entry)
     for combine in grid.combine:
         for members in _groups(combine, list(combinable.values())):
             entry, fused = _combined(combine, members, [scores[member["name"]] for member in members])
             combinable[entry["name"]] = made[entry["name"]] = entry
             scores[entry["name"]] = fused
     place = {run.name: index for index, run in enumerate(grid.runs)}
-    everything = {entry["name"]: entry for entry in before} | made
-    return sorted(everything.values(), key=lambda entry: place.get(entry["name"], len(place)))
+    for entry in before:  # combinations whose members' scores are elsewhere
+        if entry["name"] not in made and "members" in entry and all(name in made for name in entry["members"]):
+            made[entry["name"]] = _current(entry)
+    former = [{**entry, "former": True} for entry in before if entry["name"] not in made]
+    return [*sorted(made.values(), key=lambda entry: place.get(entry["name"], len(place))), *former]
+
+
+def _current(entry: Entry) -> Entry:
+    return {key: value for key, value in entry.items() if key != "former"}
 
 
 def _kept_scores(path: Path, entry: Entry) -> Scores:
