@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 import sparse_stgcn
+from sparse_stgcn.benchmark import memory
 from sparse_stgcn.benchmark.memory import StepMemory, peak_memory
 from sparse_stgcn.training import auto_batch
 
@@ -34,6 +36,16 @@ def test_a_batch_that_is_said_to_fit_does(backbone, sparsity):
     counted = auto_batch.step_memory(model, (2, 64, 25, 3))
     needed = peak_memory(StepMemory(backbone, sparsity, frames=64, batch=4, threads=1))
     assert needed <= 1.05 * (counted.fixed + 4 * counted.each) and needed >= 0.5 * (counted.fixed + 4 * counted.each)
+
+
+def test_plain_is_torch_alone_however_it_is_asked_for(monkeypatch):
+    """The command, too: it once ran the native layers, which need half as much, and called that torch's."""
+    said, real, name = [], sparse_stgcn.create_model, "SPARSE_STGCN_BACKEND"
+    monkeypatch.setattr(sparse_stgcn, "create_model", lambda *a: said.append(os.environ.get(name)) or real(*a))
+    monkeypatch.delenv(name, raising=False)
+    for plain in (True, False):
+        memory._measure(StepMemory(sparsity=0, plain=plain, frames=4, classes=5, steps=1, **SMALL))
+    assert said == ["reference", None] and name not in os.environ
 
 
 def test_errors():
