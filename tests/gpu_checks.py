@@ -40,6 +40,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, found: dispatch.Gpu) -> Iterato
 
     monkeypatch.setattr(dispatch, "choose", on_gpu)
     monkeypatch.setattr(dispatch, "gpu_of", lambda device: found)
+    monkeypatch.setattr(dispatch, "_chosen", {})  # what is chosen here is for here
     library = torch.library.Library("sparse_stgcn", "IMPL")
     for name in OPS:
         library.impl(name, getattr(gpu, name), "CPU", allow_override=True)

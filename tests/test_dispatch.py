@@ -116,7 +116,8 @@ def test_every_backend_is_reported_with_a_reason():
 
 def test_a_fallback_warns_once_and_names_its_reason(monkeypatch):
     """float64 on a GPU: what the GPU would do, on a CPU tensor."""
-    monkeypatch.setattr(dispatch, "_on_cpu", lambda op, dtype, dims: choose(op, "cuda", dtype, gpu=BOTH))
+    monkeypatch.setattr(dispatch, "choose", lambda op, device, dtype, **more: choose(op, "cuda", dtype, **more))
+    monkeypatch.setattr(dispatch, "gpu_of", lambda device: BOTH)
     monkeypatch.setattr(dispatch, "_warned", set())
     pattern = BlockPattern.full((8, 4, 1))
     x, values = torch.randn(1, 4, 3, 5, dtype=F64), torch.randn(pattern.values_shape, dtype=F64)

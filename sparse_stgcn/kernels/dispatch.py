@@ -147,11 +147,12 @@ def backend_for(op: str, device: torch.device, dtype: torch.dtype, adjacency_dim
 
     A GPU kernel that refuses one size is found out where the op runs, see gpu.py: it may differ between the products.
     """
-    if device.type == "cpu":
+    gpu = gpu_of(device)
+    if device.type == "cpu" and gpu is None:
         return _warn(op, _on_cpu(op, dtype, adjacency_dims))
     product = Product(op, adjacency_dims=adjacency_dims, vertices=vertices)
     choice = choose(op, device.type, dtype, adjacency_dims=adjacency_dims, forced=_forced(),
-                    native_available=_native.module is not None, gpu=gpu_of(device), product=product)
+                    native_available=_native.module is not None, gpu=gpu, product=product)
     return _warn(op, choice)
 
 
