@@ -64,7 +64,7 @@ class AdaptiveGraphUnit(SharingUnit):
             nn.init.xavier_normal_(self.conv_sa.weight)
             nn.init.kaiming_normal_(self.fc1c.weight)
 
-    def read(self, x: Tensor, for_graphs: Tensor, for_shortcut: Tensor) -> Tensor:  # type: ignore[override]
+    def read(self, x: Tensor, for_graphs: Tensor, for_shortcut: Tensor) -> Tensor:
         """The unit; all inputs are x."""
         live = live_stack([*self.conv_a, *self.conv_b]) if for_graphs.requires_grad else None  # type: ignore[list-item]
         graphs = (aa_graph(self.embedded_pairs(for_graphs), self.alpha, self.A) if live is None

@@ -22,11 +22,13 @@ StridedUnit = Callable[[int, int, int], nn.Module]
 class SharingUnit(nn.Module):
     """A spatial unit several of whose layers read its input: their gradients are added up in one sweep, see ``kernels.share``.
 
-    readers: how many of them; mean: whether one more reads the mean over time.
+    readers: how many of them; mean: whether one more reads the mean over time; read: the unit's output where x is given once
+    for each reader, then its mean over time (N, I, 1, V).
     """
 
     readers = 2
     mean = False
+    read: Callable[..., Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.read(*share(x, self.readers, self.mean))
@@ -35,10 +37,6 @@ class SharingUnit(nn.Module):
         """The unit's output, and x for one more reader, whose gradient is added to the others in the same sweep."""
         other, *mine = share(x, self.readers + 1, self.mean)
         return self.read(*mine), other
-
-    def read(self, *inputs: Tensor) -> Tensor:
-        """The unit's output where x is given once for each reader, then its mean over time (N, I, 1, V)."""
-        raise NotImplementedError
 
 
 class Block(nn.Module):

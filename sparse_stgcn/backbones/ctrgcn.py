@@ -49,7 +49,7 @@ class ChannelGraphUnit(SharingUnit):
         init_fan_out(self)
         nn.init.constant_(self.bn.weight, 1e-6)
 
-    def read(self, x: Tensor, for_shortcut: Tensor, mean: Tensor) -> Tensor:  # type: ignore[override]
+    def read(self, x: Tensor, for_shortcut: Tensor, mean: Tensor) -> Tensor:
         """The unit where the mean over time (N, I, 1, V), which makes the graphs, is given; both inputs are x."""
         convs: Any = list(self.convs)
         embedded = stacked([c for conv in convs for c in (conv.conv1, conv.conv2)], mean)

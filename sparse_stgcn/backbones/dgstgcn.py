@@ -37,7 +37,7 @@ class GroupGraphUnit(SharingUnit):
         self.down = shortcut(in_channels, out_channels)
         self.bn = nn.BatchNorm2d(out_channels)
 
-    def read(self, x: Tensor, for_shortcut: Tensor, mean: Tensor) -> Tensor:  # type: ignore[override]
+    def read(self, x: Tensor, for_shortcut: Tensor, mean: Tensor) -> Tensor:
         """The unit where the mean over time (N, I, 1, V), which makes the graphs, is given; both inputs are x."""
         grouped = lambda y: y.unflatten(1, (self.subsets, -1))
         x1, x2, inner = grouped(self.conv1(mean)[:, :, 0]), grouped(self.conv2(mean)[:, :, 0]), self.pre(x)

@@ -142,7 +142,7 @@ def _run(xs: list[Tensor], weight: Tensor, bias: Tensor, residual: Tensor | None
     weight, bias = weight.contiguous(), bias.contiguous()  # a copy has to outlive the addresses
     whole, vectors = [plane(residual), plane(y)], [_native.address(v) for v in (weight, bias, mean, rstd, variance)]
     size, double, threads = y.element_size(), y.dtype == torch.float64, torch.get_num_threads()
-    for x, (begin, end) in zip([one_run(x) for x in xs], spans(x.shape[1] for x in xs), strict=True):
+    for x, (begin, end) in zip(map(one_run, xs), spans(x.shape[1] for x in xs), strict=True):
         source, (added, place) = plane(x), [_from(begin, part, size) for part in whole]
         small = [address and address + begin * size for address in vectors]
         _native.module.norm_forward(
