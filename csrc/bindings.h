@@ -76,6 +76,27 @@ BlockGradients<S> block_gradients(const Addresses& t, bool identity) {
           out(7),         out(8), out(9), out(10), out(11), out(12), identity};
 }
 
+// Branches: (pools, O, I, K, bo, bi, blocks, dilation, first channel in the norm and in y, strides of z and dz) each, and the addresses
+// of row_ptr, input, tap, values, bias, z, and of the gradients of z, values and bias.
+template <class S>
+std::vector<Branch<S>> branches(const Strides& size, const std::vector<Addresses>& t) {
+  std::vector<Branch<S>> list;
+  for (size_t b = 0; b < size.size(); b++) {
+    const Sizes& i = size[b];
+    const auto at = [&](int j) { return (const S*)t[b][j]; };
+    const Sizes of_pattern(i.begin() + 1, i.begin() + 7);
+    list.push_back({i[0] != 0, pattern(of_pattern, {t[b][0], t[b][1], t[b][2]}), i[7], at(3), at(4), i[8],
+                    i[9], at(5), i[10]});
+  }
+  return list;
+}
+template <class S>
+std::vector<BranchGradient<S>> branch_gradients(const Strides& size, const std::vector<Addresses>& t) {
+  std::vector<BranchGradient<S>> list;
+  for (size_t b = 0; b < size.size(); b++) list.push_back({(S*)t[b][6], size[b][11], (S*)t[b][7], (S*)t[b][8]});
+  return list;
+}
+
 // A View of which only the strides of sample and channel are used.
 template <class S>
 View<S> plane(Address data, const Sizes& stride) {

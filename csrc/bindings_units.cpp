@@ -63,6 +63,27 @@ void bind_units(py::module_& m) {
     });
   });
 
+  // Branches of a temporal unit: shape as in temporal_conv; norm = weight, bias, mean, rstd, and backward the gradients of two of them.
+  m.def("branches_forward", [](bool is_double, const Sizes& shape, const Strides& sizes, const std::vector<Addresses>& addresses,
+                               const Addresses& norm, int64_t channels, Address y, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      const auto list = branches<S>(sizes, addresses);
+      ops.branches_forward(temporal_shape(shape), (int64_t)list.size(), list.data(),
+                           {(const S*)norm[0], (const S*)norm[1], (S*)norm[2], (S*)norm[3], nullptr, 0}, channels, (S*)y, threads);
+    });
+  });
+  m.def("branches_backward", [](bool is_double, const Sizes& shape, const Strides& sizes, const std::vector<Addresses>& addresses,
+                                const Addresses& norm, int64_t channels, Address dy, int threads) {
+    typed(is_double, [&](auto& ops, auto s) {
+      using S = decltype(s);
+      const auto list = branches<S>(sizes, addresses);
+      ops.branches_backward(temporal_shape(shape), (int64_t)list.size(), list.data(),
+                            {(const S*)norm[0], (const S*)norm[1], (S*)norm[2], (S*)norm[3], nullptr, 0}, channels, (const S*)dy,
+                            branch_gradients<S>(sizes, addresses).data(), (S*)norm[4], (S*)norm[5], threads);
+    });
+  });
+
   // Pooling over 3 frames: size = (N, C, T, V, stride); strides of (n, c) only. pool_forward: x, y; pool_backward: x, dy, dx.
   m.def("pool_forward", [](bool is_double, const std::array<int64_t, 5>& size, const Addresses& t, const Strides& stride, int threads) {
     typed(is_double, [&](auto& ops, auto s) {

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import BlockPattern, again, graph_conv, graph_product, max_pool, norm, temporal_conv
+from .kernels import BlockPattern, LiveConv, again, branches, graph_conv, graph_product, max_pool, norm, temporal_conv
+from .kernels.branches import fuses
 from .kernels.dispatch import runs_natively, widened, widened_dtype
 
-__all__ = ["SparseConv2d", "TemporalUnit", "Units", "norm_fuses", "normalise", "pointwise_unit", "run_units", "track",
+__all__ = ["SparseConv2d", "TemporalUnit", "Units", "norm_fuses", "normalise", "normed", "pointwise_unit", "run_units", "track",
            "unwatched"]
 
 
@@ -249,17 +250,50 @@ def norm_fuses(bn: nn.Module, x: Tensor) -> bool:
 
 def _fused(norms: list[nn.BatchNorm2d], xs: list[Tensor], residual: Tensor | None, relu: bool,
            relu_before: bool, elsewhere: bool) -> Tensor:
-    join = lambda tensors: tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-    weight, bias = join([bn.weight for bn in norms]), join([bn.bias for bn in norms])
     xs, residual = [widened(x) for x in xs], None if residual is None else widened(residual)
-    y, mean, variance = norm(xs, weight, bias, norms[0].eps, residual, relu, relu_before, elsewhere)
-    if len(norms) == 1:
-        track(norms[0], mean, variance)
-        return y
+    y, mean, variance = norm(xs, *_joined_parameters(norms), norms[0].eps, residual, relu, relu_before, elsewhere)
+    _track_all(norms, mean, variance)
+    return y
+
+
+def normed(norms: Sequence[nn.Module], xs: Sequence[Tensor], modules: Sequence[nn.Module]) -> Tensor | None:
+    """cat(module_i(relu(bn_i(x_i)))) as one op, see ``kernels.branches``; None where that cannot stand for all of it.
+
+    The modules are live convolutions over frames and poolings over three frames, of one stride.
+    """
+    maps: list[LiveConv | None] = []
+    strides: set[int] = set()
+    for bn, x, module in zip(norms, xs, modules, strict=True):
+        if not norm_fuses(bn, x) or not unwatched(bn) or not unwatched(module):
+            return None
+        if isinstance(module, SparseConv2d):
+            if module.values is None or module.pattern is None or module.subsets > 1:
+                return None
+            maps.append(LiveConv(module.values, module.pattern, module.bias, module.dilation))
+            strides.add(module.stride)
+        elif _pools(module, x):
+            maps.append(None)
+            strides.add(module.stride[0])  # type: ignore[index,arg-type]  # a pair, see _pools
+        else:
+            return None
+    own: list[nn.BatchNorm2d] = list(norms)  # type: ignore[arg-type]
+    wide = [widened(x) for x in xs]
+    if len({bn.eps for bn in own}) > 1 or len(strides) > 1 or not fuses(wide[0], maps, stride := strides.pop()):
+        return None
+    y, mean, variance = branches(wide, *_joined_parameters(own), maps, stride, own[0].eps)
+    _track_all(own, mean, variance)
+    return y
+
+
+def _joined_parameters(norms: Sequence[nn.BatchNorm2d]) -> tuple[Tensor, Tensor]:
+    join = lambda tensors: tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    return join([bn.weight for bn in norms]), join([bn.bias for bn in norms])
+
+
+def _track_all(norms: Sequence[nn.BatchNorm2d], mean: Tensor, variance: Tensor) -> None:
     widths = [bn.num_features for bn in norms]
     for bn, batch_mean, batch_variance in zip(norms, mean.split(widths), variance.split(widths), strict=True):
         track(bn, batch_mean, batch_variance)
-    return y
 
 
 def track(bn: nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tensor) -> None:
@@ -306,18 +340,19 @@ class Units(nn.Sequential):
 
 
 def run_units(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """The modules one after the other, a batch norm and the ReLU behind it as one."""
-    normed = False  # the ReLU that comes is done already
-    for module, following in zip(modules, [*modules[1:], None], strict=True):
-        if isinstance(module, nn.BatchNorm2d):
-            normed = isinstance(following, nn.ReLU)
-            x = normalise(module, x, relu=normed)
-        elif not normed:
+    """The modules one after the other; a batch norm, the ReLU behind it and the live convolution behind that run as one."""
+    done = 0  # modules that come have been done already
+    for at, module in enumerate(modules):
+        if done:
+            done -= 1
+        elif isinstance(module, nn.BatchNorm2d):
+            done = int(isinstance(modules[at + 1] if at + 1 < len(modules) else None, nn.ReLU))
+            whole = normed([module], [x], modules[at + 2:at + 3]) if done and at + 2 < len(modules) else None
+            x, done = (normalise(module, x, relu=done > 0), done) if whole is None else (whole, 2)
+        else:
             with again(x):
                 # a pair of strides, see _pools
                 x = max_pool(x, module.stride[0]) if _pools(module, x) else module(x)  # type: ignore[index,arg-type]
-        else:
-            normed = False
     return x
 
 

@@ -24,8 +24,10 @@
 #include "attend.inl"
 #include "block_rows.inl"
 #include "block_forward.inl"
+#include "normed_backward.inl"
 #include "block_backward.inl"
 #include "pool.inl"
+#include "branches.inl"
 #include "means.inl"
 #include "fused.inl"
 #include "fused_columns.inl"
@@ -50,5 +52,5 @@ constexpr Ops<S> ops() {
           aa_graphs<S>,        aa_graphs_backward<S>, aa_unit_graphs<S>, aa_unit_graphs_backward<S>, ctr_forward<S>, ctr_backward<S>, dg_forward<S>, dg_backward<S>,
           norm_forward<S>,     norm_backward<S>, attend_forward<S>,   attend_backward<S>, pool_forward<S>, pool_backward<S>,
           frame_mean<S>, total_of<S>, append_mean<S>, append_mean_backward<S>, spread_mean<S>, spread_mean_backward<S>,
-          block_forward<S>,    block_backward<S>};
+          block_forward<S>,    block_backward<S>, branches_forward<S>, branches_backward<S>};
 }

@@ -151,7 +151,7 @@ INLINE int64_t norm_group(const NormShape& s, int64_t tensors, int threads) {
   return max64(1, min64(min64(ceil_div(16 << 10, run), (1 << 20) / all), s.C / (4 * max64(threads, 1))));
 }
 
-// Without `variance`, mean and rstd are given.
+// Without `variance`, mean and rstd are given; without y they are all that is made.
 template <class S>
 void norm_forward(const NormShape& s, View<const S> x, View<const S> residual, const S* gamma, const S* beta, double eps,
                   bool open, bool relu, View<S> y, S* mean, S* rstd, S* variance, int threads) {
@@ -167,6 +167,7 @@ void norm_forward(const NormShape& s, View<const S> x, View<const S> residual, c
         for (int64_t c = begin; c < end; c++) moments[c - begin].add(x.data + n * x.stride[0] + c * x.stride[1], s.P);
       for (int64_t c = begin; c < end; c++) moments[c - begin].finish(eps, mean[c], rstd[c], variance[c]);
     }
+    if (!y.data) return;
     auto normalise = [&](int64_t n, int64_t c) __attribute__((always_inline)) {
       const Affine<S> affine(gamma[c] * rstd[c], beta[c], mean[c]);
       const S* from = x.data + n * x.stride[0] + c * x.stride[1];

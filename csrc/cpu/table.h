@@ -124,6 +124,25 @@ struct BlockGradients {
   bool identity;                     // the residual is x: dx includes its gradient
 };
 
+// A map of the channels of z (N, C, T, V) that are its own: y = f(relu(norm(z))), f a convolution or max-pooling over 3 frames.
+// Channels of z are T V numbers apart, strides are between samples.
+template <class S>
+struct Branch {
+  bool pools;  // of `conv` only I = O counts
+  Pattern conv;
+  int64_t dilation;
+  const S *values, *bias;
+  int64_t first, target;  // its first channel in the norm and in y
+  const S* z;
+  int64_t z_stride;
+};
+template <class S>
+struct BranchGradient {
+  S* dz;
+  int64_t dz_stride;
+  S *values, *bias;  // bias may be nullptr
+};
+
 // The convolutions: A is what activations and their gradients are stored in; weights, their gradients and all sums are S.
 template <class S, class A>
 struct Convolutions {
@@ -212,6 +231,12 @@ struct Ops : Convolutions<S, S> {
                         const BlockTensors<S>&, int threads);
   void (*block_backward)(const TemporalShape&, const Pattern& graph, const Adjacency&, const Pattern& temporal,
                          const BlockTensors<S>&, const BlockGradients<S>&, int threads);
+
+  // `channels` of y and dy, which are contiguous; dilation of the shape is not read. mean and rstd of the norm are given.
+  void (*branches_forward)(const TemporalShape&, int64_t count, const Branch<S>*, const BlockNorm<S>&, int64_t channels, S* y,
+                           int threads);
+  void (*branches_backward)(const TemporalShape&, int64_t count, const Branch<S>*, const BlockNorm<S>&, int64_t channels,
+                            const S* dy, const BranchGradient<S>*, S* dgamma, S* dbeta, int threads);
 };
 
 struct Table {

@@ -51,6 +51,28 @@ void pack_panel(const TemporalPlan& plan, const TemporalShape& s, const Pattern&
   std::memset(panel + p.I * plan.ld, 0, plan.ld * sizeof(S));
 }
 
+// Pixels that all block rows sweep before the next ones: the columns of the panel that they touch stay in L1 and L2.
+template <class S>
+INLINE int64_t panel_sweep(const Pattern& p, bool streams) {
+  if (p.bo < MAX_ROWS) return 2 * tile_vectors<1> * lanes<S>;
+  return streams ? streamed_sweep<S> : 3 * tile_vectors<MAX_ROWS> * lanes<S>;
+}
+
+// All outputs of `pixels` pixels of a packed panel to y, whose channels are ldy apart; room: for bo rows of `sweep`.
+template <class S, class A>
+INLINE void sweep_panel(const Pattern& p, const int32_t* offset, const S* values, const S* bias, const S* panel, int64_t pixels,
+                        int64_t sweep, bool streams, S* room, A* y, int64_t ldy) {
+  for (int64_t at = 0; at < pixels; at += sweep)
+    for (int64_t g = 0; g < p.rows; g++) {
+      A* out = y + g * p.bo * ldy + at;
+      const int64_t count = min64(sweep, pixels - at);
+      const OutputRows<S, A> sums(room, sweep, out, ldy, streams);
+      gather_row(panel + at, block_row(p, g, offset, values), live_rows(p, g), bias ? bias + g * p.bo : nullptr, sums.rows, sums.ld,
+                 sums.pixels(count));
+      sums.finish(live_rows(p, g), count, out, ldy);
+    }
+}
+
 template <class S, class A>
 void temporal_forward(const TemporalShape& s, const Pattern& p, View<const A> x, const S* values, const S* bias, A* y,
                       int threads) {
@@ -59,26 +81,16 @@ void temporal_forward(const TemporalShape& s, const Pattern& p, View<const A> x,
   call_scratch.reserve(Scratch::room<int32_t>(p.blocks * p.bi));
   int32_t* offset = call_scratch.take<int32_t>(p.blocks * p.bi);
   plan.offsets(s, p, offset);
-  // Pixels that all block rows sweep before the next ones: the columns of the panel that they touch stay in L1 and L2.
   const bool streams = std::is_same_v<S, A> && is_streamed<S>(s.N * p.O * s.T_out * s.V);
-  const int64_t tiles = p.bo >= MAX_ROWS ? 3 * tile_vectors<MAX_ROWS> * lanes<S> : 2 * tile_vectors<1> * lanes<S>;
-  const int64_t sweep = streams && p.bo >= MAX_ROWS ? streamed_sweep<S> : tiles;
+  const int64_t sweep = panel_sweep<S>(p, streams);
   parallel(s.N * plan.tiles, threads, [&](int64_t task) {
-    const int64_t n = task / plan.tiles, t0 = task % plan.tiles * plan.frames;
-    const int64_t pixels = min64(plan.frames, s.T_out - t0) * s.V, ldy = s.T_out * s.V;
+    const int64_t n = task / plan.tiles, t0 = task % plan.tiles * plan.frames, ldy = s.T_out * s.V;
     task_scratch.reserve(Scratch::room<S>(plan.panel_size(p)) + Scratch::room<S>(p.bo * sweep));
     S* panel = task_scratch.take<S>(plan.panel_size(p));
     S* room = task_scratch.take<S>(p.bo * sweep);
     pack_panel(plan, s, p, x, n, t0, panel);
-    for (int64_t at = 0; at < pixels; at += sweep)
-      for (int64_t g = 0; g < p.rows; g++) {
-        A* out = y + (n * p.O + g * p.bo) * ldy + t0 * s.V + at;
-        const int64_t count = min64(sweep, pixels - at);
-        const OutputRows<S, A> sums(room, sweep, out, ldy, streams);
-        gather_row(panel + at, block_row(p, g, offset, values), live_rows(p, g), bias ? bias + g * p.bo : nullptr, sums.rows,
-                   sums.ld, sums.pixels(count));
-        sums.finish(live_rows(p, g), count, out, ldy);
-      }
+    sweep_panel(p, offset, values, bias, panel, min64(plan.frames, s.T_out - t0) * s.V, sweep, streams, room,
+                y + n * p.O * ldy + t0 * s.V, ldy);
     end_stream();
   });
 }

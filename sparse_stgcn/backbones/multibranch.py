@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..joins import joined
 from ..kernels import again, append_mean, share, spans, split, spread_mean
-from ..layers import SparseConv2d, TemporalUnit, Units, normalise, pointwise_unit, run_units
+from ..layers import SparseConv2d, TemporalUnit, Units, normalise, normed, pointwise_unit, run_units
 
 __all__ = ["BranchedTemporal", "MixedTemporal"]
 
@@ -38,8 +38,8 @@ def _branch(spec: BranchSpec, in_channels: int, width: int, stride: int, norm: b
 def _run_branches(branches: Any, xs: Sequence[Tensor]) -> tuple[list[Tensor], list[nn.Module]]:
     """What the batch norms at the ends of the branches take, and these norms (Identity where a branch has none).
 
-    All branches but the last begin with a 1 x 1 convolution of stride 1, norm and ReLU: these run as one each. xs: the input
-    for each branch, see ``kernels.share``.
+    All branches but the last begin with a 1 x 1 convolution of stride 1, norm and ReLU: these run as one each, and in the
+    fine-tuning stage norm, ReLU and what follows them. xs: the input for each branch, see ``kernels.share``.
     """
     *wide, single = branches
     convs, norms = [branch[0] for branch in wide], [branch[1] for branch in wide]
@@ -48,19 +48,28 @@ def _run_branches(branches: Any, xs: Sequence[Tensor]) -> tuple[list[Tensor], li
         *narrow, last = joined([*convs, alike], xs)
     else:
         narrow, last = list(joined(convs, xs[:-1])), alike(xs[-1])
-    whole = normalise(norms, narrow, relu=True)
-    hidden = split(whole, spans(conv.out_channels for conv in convs))
-    outputs, ends = [], []
-    with again(whole):  # it is made once for all branches
-        for branch, y in zip(wide, hidden, strict=True):
-            rest = list(branch)[3:]
-            end = rest.pop() if isinstance(rest[-1], nn.BatchNorm2d) else nn.Identity()
-            if isinstance(rest[-1], TemporalUnit):
-                unit = rest.pop()
-                rest, end = [*rest, unit.conv], unit.bn
-            outputs.append(run_units(rest, y))
-            ends.append(end)
-    return [*outputs, last], [*ends, single[1] if isinstance(single, nn.Sequential) else nn.Identity()]
+    modules, ends = zip(*map(_behind_norm, wide), strict=True)
+    where = spans(conv.out_channels for conv in convs)
+    whole = normed(norms, narrow, modules)
+    if whole is not None:
+        return [*split(whole, where), last], [*ends, _end(single)]
+    hidden = normalise(norms, narrow, relu=True)
+    with again(hidden):  # it is made once for all branches
+        outputs = [run_units([module], y) for module, y in zip(modules, split(hidden, where), strict=True)]
+    return [*outputs, last], [*ends, _end(single)]
+
+
+def _behind_norm(branch: Any) -> tuple[nn.Module, nn.Module]:
+    """The convolution or pooling behind a branch's first norm and ReLU, and the batch norm at the end of the branch."""
+    module = branch[3]
+    if isinstance(module, TemporalUnit):
+        return module.conv, module.bn
+    return module, branch[4] if len(branch) > 4 else nn.Identity()
+
+
+def _end(single: Any) -> nn.Module:
+    """The batch norm at the end of the 1 x 1 branch."""
+    return single[1] if isinstance(single, nn.Sequential) else nn.Identity()
 
 
 class BranchedTemporal(nn.Module):

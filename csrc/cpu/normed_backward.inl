@@ -1,0 +1,171 @@
+// The backward pass of y = temporal_conv(relu(norm(z))) down to dz' = the gradient of norm(z) where its ReLU is open: relu(norm(z))
+// is made again as its rows are packed, and no gradient of it exists as a whole tensor. For a block of ST-GCN (block_backward.inl)
+// and for the branches of a temporal unit (branches.inl).
+
+// What is convolved: channels of a sample are T V numbers apart, samples z_stride and, in dz', dz_stride.
+template <class S>
+struct NormedConv {
+  TemporalShape s;
+  Pattern p;
+  const S* values;
+  BlockNorm<S> norm;  // of its first channel
+  const S* z;
+  int64_t z_stride;
+  S* dz;
+  int64_t dz_stride;
+};
+
+// A row of the gradient dh of h = relu(norm(z)) leaves through the ReLU, with its sums.
+template <class S>
+INLINE void leave_slope(const S* h, const S* dh, const S* z, S mean, int64_t pixels, S* row, SlopeSums& sums, S* dz) {
+  make_row(row, pixels, [&](auto read) __attribute__((always_inline)) { return positive<S>(read(h), read(dh)); });
+  sums.add(row, z, pixels, mean);
+  stream_row(dz, row, pixels);
+}
+
+// A sample at a time, tile by tile of output frames. The panels of relu(bn1(z)) and of its gradient hold the frames that the
+// tile reaches; those that the next tile reaches too are carried over, so that no frame is computed twice.
+// Blocks of few outputs (`gathers`) take a panel of dy with a halo instead, and make each row of the gradient at once from it.
+// Upper gives rows of dy: pack(n, first channel, channels, first pixel, pixels, rows, ld), each followed by a vector of zeros, and
+// ahead(Ahead, n, first channel, channels, first pixel, pixels), which names what pack will read.
+template <class S, class Upper>
+struct NormedBackward {
+  const NormedConv<S>& conv;
+  const Upper& upper;
+  const TemporalShape& s;
+  const Pattern& p;
+  const bool gathers;
+  TemporalPlan plan;
+  int64_t carried, ldy, lead, held;  // lead: frames of dy before the tile, held: with those behind it
+
+  NormedBackward(const NormedConv<S>& conv_, const Upper& upper_)
+      : conv(conv_), upper(upper_), s(conv_.s), p(conv_.p), gathers(conv_.p.bo < 4) {
+    plan.phases = s.stride;
+    plan.padding = (p.K - 1) / 2 * s.dilation;
+    carried = (p.K - 1) * s.dilation / s.stride;
+    const int64_t budget = 1000 * 1024, frame = 2 * max64(p.I, p.O) * plan.phases * s.V * (int64_t)sizeof(S);
+    const int64_t most = max64(budget / frame - carried, 6);
+    plan.tiles = ceil_div(s.T_out, most);
+    plan.set_frames<S>(ceil_div(s.T_out, plan.tiles), s, p);
+    ldy = row_length<S>(plan.frames * s.V);
+    lead = plan.padding / s.stride;
+    held = plan.frames + 2 * lead + 1;
+  }
+  int64_t dy_ld() const { return row_length<S>(held * s.V); }
+  int64_t dpanel_size() const { return gathers ? p.O * dy_ld() : plan.panel_size(p); }
+  size_t room() const {
+    return Scratch::room<S>(plan.panel_size(p)) + Scratch::room<S>(dpanel_size()) + Scratch::room<S>(p.bo * ldy) +
+           2 * Scratch::room<S>(row_size()) + Scratch::room<S>(ldy);
+  }
+  // Where tap k of input frame q of a tile is found in a row of dy, or -1.
+  auto shift() const {
+    return [this](int64_t k, int64_t q) {
+      const int64_t at = q + plan.padding - k * s.dilation;
+      return at % s.stride ? int64_t(-1) : (at / s.stride + lead) * s.V;
+    };
+  }
+  int64_t row_size() const { return (plan.plane_frames + 1) * plan.phases * s.V + lanes<S>; }
+
+  void run(int64_t n, const int32_t* offset, const TransposedEntries<S>& entries, S* dw, S* dbias, SlopeSums* sums) const {
+    S* panel = task_scratch.take<S>(plan.panel_size(p));
+    S* dpanel = task_scratch.take<S>(dpanel_size());
+    S* rows = task_scratch.take<S>(p.bo * ldy);
+    S* first_row = task_scratch.take<S>(row_size());
+    S* second_row = task_scratch.take<S>(row_size());
+    S* phase_row = task_scratch.take<S>(ldy);
+    if (gathers) return run_gathers(n, offset, entries, panel, dpanel, rows, first_row, second_row, phase_row, dw, dbias, sums);
+    std::memset(dpanel, 0, plan.panel_size(p) * sizeof(S));
+    for (int64_t t0 = 0; t0 < s.T_out; t0 += plan.frames) {
+      const int64_t frames = min64(plan.frames, s.T_out - t0);
+      if (t0) carry(panel), carry(dpanel);
+      pack_normed(plan, s, p, conv.z + n * conv.z_stride, conv.norm, t0, t0 ? carried : 0, panel);
+      for (int64_t g = 0; g < p.rows; g++) {
+        const int64_t live = live_rows(p, g), c = g * p.bo, e = p.row_ptr[g] * p.bi;
+        upper.pack(n, c, live, t0 * s.V, frames * s.V, rows, ldy);
+        scatter_row(dpanel, block_row(p, g, offset, conv.values), live, rows, ldy, frames * s.V);
+        Ahead<S> ahead;
+        if (g + 1 < p.rows) upper.ahead(ahead, n, c + p.bo, live_rows(p, g + 1), t0 * s.V, frames * s.V);
+        const int64_t i = g * p.I / p.rows, z_frame = (t0 + plan.frames + carried) * s.stride - plan.padding;  // first of the next tile
+        ahead.add(conv.z + n * conv.z_stride + (i * s.T + z_frame) * s.V, (g + 1) * p.I / p.rows - i, s.T * s.V,
+                  (min64(s.T, z_frame + plan.frames * s.stride) - z_frame) * s.V);
+        const int64_t count = (p.row_ptr[g + 1] - p.row_ptr[g]) * p.bi;
+        ahead.spread(dot_calls<S>(count, frames * s.V));
+        dot_row(panel, offset + e, count, p.bo, live, rows, ldy, frames * s.V, dw + e * p.bo, ahead);
+        for (int64_t o = 0; o < live; o++) dbias[c + o] += sum_row(rows + o * ldy, frames * s.V);
+      }
+      const bool last = t0 + frames == s.T_out;
+      const int64_t begin = max64(0, t0 * s.stride - plan.padding);
+      const int64_t finish = last ? s.T : min64(s.T, (t0 + frames) * s.stride - plan.padding);
+      for (int64_t i = 0; i < p.I && begin < finish; i++)
+        leave(n, i, begin, finish, frames_of(panel + i * plan.ld, t0, begin, finish, first_row),
+              frames_of(dpanel + i * plan.ld, t0, begin, finish, second_row), second_row, sums);
+    }
+  }
+
+  void run_gathers(int64_t n, const int32_t* offset, const TransposedEntries<S>& entries, S* panel, S* dpanel, S* rows, S* first_row,
+                   S* second_row, S* phase_row, S* dw, S* dbias, SlopeSums* sums) const {
+    for (int64_t t0 = 0; t0 < s.T_out; t0 += plan.frames) {
+      const int64_t frames = min64(plan.frames, s.T_out - t0), pixels = frames * s.V, whole = ceil_div(pixels, lanes<S>) * lanes<S>;
+      if (t0) carry(panel);
+      pack_normed(plan, s, p, conv.z + n * conv.z_stride, conv.norm, t0, t0 ? carried : 0, panel);
+      pack_dy(n, t0, dpanel);
+      for (int64_t g = 0; g < p.rows; g++) {
+        const int64_t live = live_rows(p, g), c = g * p.bo, e = p.row_ptr[g] * p.bi;
+        for (int64_t o = 0; o < live; o++) {
+          std::memcpy(rows + o * ldy, dpanel + (c + o) * dy_ld() + lead * s.V, pixels * sizeof(S));
+          std::memset(rows + o * ldy + pixels, 0, (whole - pixels) * sizeof(S));
+          dbias[c + o] += sum_row(rows + o * ldy, pixels);
+        }
+        dot_row(panel, offset + e, (p.row_ptr[g + 1] - p.row_ptr[g]) * p.bi, p.bo, live, rows, ldy, pixels, dw + e * p.bo);
+      }
+      const int64_t begin = t0 * s.stride, end = min64(s.T, (t0 + frames) * s.stride);
+      for (int64_t i = 0; i < p.I; i++) {
+        for (int64_t q = 0; q < s.stride; q++) {
+          const int32_t* at = entries.ptr + i * s.stride + q;
+          S* made = s.stride == 1 ? second_row : phase_row;
+          gather_row(dpanel, {entries.offset + at[0], entries.weight + at[0], at[1] - at[0], 1}, 1, (const S*)nullptr, made, 0, whole);
+          for (int64_t j = 0; s.stride > 1 && begin + j * s.stride + q < end; j++)
+            std::memcpy(second_row + (j * s.stride + q) * s.V, phase_row + j * s.V, s.V * sizeof(S));
+        }
+        leave(n, i, begin, end, frames_of(panel + i * plan.ld, t0, begin, end, first_row), second_row, second_row, sums);
+      }
+    }
+  }
+
+  // Output frames [t0 - lead, t0 - lead + held) of all channels of dy; outside of the clip zeros.
+  void pack_dy(int64_t n, int64_t t0, S* dpanel) const {
+    const int64_t first = t0 - lead, begin = max64(first, 0), end = min64(s.T_out, first + held);
+    for (int64_t o = 0; o < p.O; o++) {
+      S* row = dpanel + o * dy_ld();
+      std::memset(row, 0, (begin - first) * s.V * sizeof(S));
+      upper.pack(n, o, 1, begin * s.V, (end - begin) * s.V, row + (begin - first) * s.V, 0);
+      std::memset(row + (end - first) * s.V, 0, (first + held - end) * s.V * sizeof(S));
+    }
+  }
+
+  void carry(S* panel) const {
+    for (int64_t i = 0; i < p.I; i++)
+      for (int64_t q = 0; q < plan.phases; q++) {
+        S* row = panel + i * plan.ld + q * plan.plane;
+        std::memmove(row, row + plan.frames * s.V, carried * s.V * sizeof(S));
+        std::memset(row + carried * s.V, 0, (plan.plane - carried * s.V) * sizeof(S));
+      }
+  }
+
+  // Input frames [begin, end) of channel i are complete: through the ReLU, and out.
+  void leave(int64_t n, int64_t i, int64_t begin, int64_t end, const S* h, const S* dh, S* row, SlopeSums* sums) const {
+    leave_slope(h, dh, conv.z + n * conv.z_stride + (i * s.T + begin) * s.V, conv.norm.mean[i], (end - begin) * s.V, row, sums[i],
+                conv.dz + n * conv.dz_stride + (i * s.T + begin) * s.V);
+  }
+  // Input frames [begin, end) of a panel's row in order, in `to` where they do not lie side by side.
+  const S* frames_of(const S* row, int64_t t0, int64_t begin, int64_t end, S* to) const {
+    const int64_t first = begin + plan.padding - t0 * s.stride;  // padded frames from the panel's first on
+    if (s.stride == 1) return row + first * s.V;
+    for (int64_t j = 0; j < end - begin; j++) {
+      const int64_t q = (first + j) % s.stride, at = (first + j) / s.stride;
+      if (at < plan.plane_frames) std::memcpy(to + j * s.V, row + q * plan.plane + at * s.V, s.V * sizeof(S));
+      else std::memset(to + j * s.V, 0, s.V * sizeof(S));
+    }
+    return to;
+  }
+};
