@@ -76,6 +76,13 @@ BlockGradients<S> block_gradients(const Addresses& t, bool identity) {
           out(7),         out(8), out(9), out(10), out(11), out(12), identity};
 }
 
+// Weight, bias, mean and rstd of a norm; behind them the gradients of two of them. Empty: no norm.
+template <class S>
+BlockNorm<S> given_norm(const Addresses& t) {
+  if (t.empty()) return {nullptr, nullptr, nullptr, nullptr, nullptr, 0};
+  return {(const S*)t[0], (const S*)t[1], (S*)t[2], (S*)t[3], nullptr, 0};
+}
+
 // Branches: (pools, O, I, K, bo, bi, blocks, dilation, first channel in the norm and in y, strides of z and dz) each, and the addresses
 // of row_ptr, input, tap, values, bias, z, and of the gradients of z, values and bias.
 template <class S>

@@ -70,7 +70,7 @@ void bind_units(py::module_& m) {
       using S = decltype(s);
       const auto list = branches<S>(sizes, addresses);
       ops.branches_forward(temporal_shape(shape), (int64_t)list.size(), list.data(),
-                           {(const S*)norm[0], (const S*)norm[1], (S*)norm[2], (S*)norm[3], nullptr, 0}, channels, (S*)y, threads);
+                           given_norm<S>(norm), channels, (S*)y, threads);
     });
   });
   m.def("branches_backward", [](bool is_double, const Sizes& shape, const Strides& sizes, const std::vector<Addresses>& addresses,
@@ -79,7 +79,7 @@ void bind_units(py::module_& m) {
       using S = decltype(s);
       const auto list = branches<S>(sizes, addresses);
       ops.branches_backward(temporal_shape(shape), (int64_t)list.size(), list.data(),
-                            {(const S*)norm[0], (const S*)norm[1], (S*)norm[2], (S*)norm[3], nullptr, 0}, channels, (const S*)dy,
+                            given_norm<S>(norm), channels, (const S*)dy,
                             branch_gradients<S>(sizes, addresses).data(), (S*)norm[4], (S*)norm[5], threads);
     });
   });

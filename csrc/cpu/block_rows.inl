@@ -127,6 +127,12 @@ void in_chunks(int64_t tasks, int64_t chunks, int threads, F body) {
   parallel(chunks, threads, [&](int64_t c) { body(c, c * tasks / chunks, (c + 1) * tasks / chunks); });
 }
 
+// row = relu(norm(z)) of pixels of one channel.
+template <class S>
+INLINE void make_normed(const S* z, const Affine<S>& affine, int64_t pixels, S* row) {
+  make_row(row, pixels, [&](auto read) __attribute__((always_inline)) { return rectify<S>(affine(read(z))); });
+}
+
 // A temporal panel whose rows go through relu(bn(z)) as they are packed, for output frames [t0, t0 + count): frames
 // [from, plane_frames) of every plane. `z` is one sample, contiguous.
 template <class S>
@@ -135,9 +141,6 @@ void pack_normed(const TemporalPlan& plan, const TemporalShape& s, const Pattern
   for (int64_t i = 0; i < p.I; i++) {
     const Affine<S> affine = affine_of(norm, i);
     const S* channel = z + i * s.T * s.V;
-    auto normed = [&](const S* in, int64_t frames, S* to) __attribute__((always_inline)) {
-      make_row(to, frames * s.V, [&](auto read) __attribute__((always_inline)) { return rectify<S>(affine(read(in))); });
-    };
     for (int64_t q = 0; q < plan.phases; q++) {
       S* row = panel + i * plan.ld + q * plan.plane;
       const int64_t t = t0 * s.stride + q - plan.padding;  // input frame of panel frame 0
@@ -145,9 +148,9 @@ void pack_normed(const TemporalPlan& plan, const TemporalShape& s, const Pattern
       frames_inside(t, s.stride, s.T, plan.plane_frames, &begin, &end);
       begin = max64(begin, from), end = max64(end, begin);
       std::memset(row + from * s.V, 0, (begin - from) * s.V * sizeof(S));
-      if (s.stride == 1) normed(channel + (t + begin) * s.V, end - begin, row + begin * s.V);
+      if (s.stride == 1) make_normed(channel + (t + begin) * s.V, affine, (end - begin) * s.V, row + begin * s.V);
       else
-        for (int64_t j = begin; j < end; j++) normed(channel + (t + j * s.stride) * s.V, 1, row + j * s.V);
+        for (int64_t j = begin; j < end; j++) make_normed(channel + (t + j * s.stride) * s.V, affine, s.V, row + j * s.V);
       std::memset(row + end * s.V, 0, (plan.plane - end * s.V) * sizeof(S));
     }
   }

@@ -13,12 +13,6 @@ inline TemporalShape dilated(TemporalShape s, int64_t dilation) {
   return s;
 }
 
-// Row `row` = relu(norm(z)) of one channel.
-template <class S>
-INLINE void make_normed(const S* z, const Affine<S>& affine, int64_t pixels, S* row) {
-  make_row(row, pixels, [&](auto read) __attribute__((always_inline)) { return rectify<S>(affine(read(z))); });
-}
-
 template <class S>
 void branches_forward(const TemporalShape& shape, int64_t count, const Branch<S>* branches, const BlockNorm<S>& norm,
                       int64_t channels, S* y, int threads) {
@@ -186,12 +180,6 @@ void branches_backward(const TemporalShape& shape, int64_t count, const Branch<S
   parallel(shape.N * count, threads, [&](int64_t task) {
     const int64_t n = task / count, b = task % count;
     const Branch<S>& branch = branches[b];
-    for (int64_t i = 0; i < branch.conv.I; i++) {
-      const auto gradient = slope[branch.first + i].gradient();
-      const S* z = branch.z + n * branch.z_stride + i * in;
-      S* dz = gradients[b].dz + n * gradients[b].dz_stride + i * in;
-      stream_pixels(dz, in, [&](auto read) __attribute__((always_inline)) { return gradient(read(dz), read(z)); });
-    }
-    end_stream();
+    apply_slopes(slope + branch.first, branch.conv.I, branch.z + n * branch.z_stride, in, gradients[b].dz + n * gradients[b].dz_stride);
   });
 }

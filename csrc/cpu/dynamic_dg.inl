@@ -4,6 +4,10 @@
 //
 // One graph exists at a time. Backward keeps the maps transposed (rows w, lanes v), but for P, whose softmax over v runs
 // over rows.
+//
+// With a norm (its gamma is not nullptr) x is the norm's input, and relu(norm(x)) is multiplied: made for a channel of a sample at a
+// time, in both passes. Backward leaves dx' = the gradient of norm(x) where its ReLU is open, then dx from it in its place. The
+// pixels of a channel of x then lie in one run, and its channels side by side.
 
 template <class S>
 struct GroupRows {  // x1 and x2 of one (n, k): (C, ld) each, padded rows that repeat their first number
@@ -42,21 +46,32 @@ INLINE void dg_attention(int64_t C, const Joints<S>& j, const S* x1, const S* x2
   }
 }
 
+// The frames that a graph multiplies; with a norm they are made in `room`.
 template <class S>
-void dg_forward(const DynamicShape& s, GroupView<const S> x, View<const S> x1, View<const S> x2, const S* alpha, const S* beta,
-                const S* A, S* y, int threads) {
+INLINE Frames<S> dg_input(const DynamicShape& s, const GroupView<const S>& x, const BlockNorm<S>& norm, int64_t n, int64_t k, int64_t c,
+                          S* room) {
+  const Frames<S> given = frames_of(x, n, k, c);
+  if (!norm.gamma) return given;
+  make_normed(given.data, affine_of(norm, k * s.C + c), s.T * s.V, room);
+  return {room, s.V, 1};
+}
+
+template <class S>
+void dg_forward(const DynamicShape& s, GroupView<const S> x, const BlockNorm<S>& norm, View<const S> x1, View<const S> x2,
+                const S* alpha, const S* beta, const S* A, S* y, int threads) {
   const Joints<S> j(s.V);
   const bool streams = is_streamed<S>(s.N * s.K * s.C * s.T * s.V);
   parallel(s.N * s.K, threads, [&](int64_t task) {
     const FlushDenormals flush;
     const int64_t n = task / s.K, k = task % s.K;
     task_scratch.reserve(GroupRows<S>::room(s, j) + 2 * Scratch::room<S>(j.map) + Scratch::room<S>(2 * j.ld) +
-                         Scratch::room<S>(s.T * s.V));
+                         Scratch::room<S>(s.T * s.V) + Scratch::room<S>(s.T * s.V + lanes<S>));
     GroupRows<S> rows(s, j, task_scratch);
     S* shared = task_scratch.take<S>(j.map);  // A + beta P
     S* graph = task_scratch.take<S>(j.map);
     S* work = task_scratch.take<S>(2 * j.ld);
     S* output = task_scratch.take<S>(s.T * s.V);
+    S* normed = task_scratch.take<S>(s.T * s.V + lanes<S>);
     rows.pack(s, j, x1, x2, n, k);
     dg_attention(s.C, j, rows.x1, rows.x2, graph);
     pack_map(A + k * j.V * j.V, false, j, shared);
@@ -69,7 +84,7 @@ void dg_forward(const DynamicShape& s, GroupView<const S> x, View<const S> x1, V
                     store(graph + at, load(shared + at) + a * t);
                   });
       const OneRow<S> product(output, y + (task * s.C + c) * s.T * s.V, streams);
-      multiply(frames_of(x, n, k, c), graph, s.T, j, product.row);
+      multiply(dg_input(s, x, norm, n, k, c, normed), graph, s.T, j, product.row);
       product.finish(s.T * s.V);
     }
     end_stream();
@@ -92,20 +107,25 @@ INLINE double dg_softmax_backward(const Joints<S>& j, const S* P, S beta, S* dP)
 }
 
 template <class S>
-void dg_backward(const DynamicShape& s, GroupView<const S> x, View<const S> x1, View<const S> x2, const S* alpha, const S* beta,
-                 const S* A, GroupView<const S> dy, S* dx, S* dx1, S* dx2, S* dalpha, S* dbeta, S* dA, int threads) {
+void dg_backward(const DynamicShape& s, GroupView<const S> x, const BlockNorm<S>& norm, View<const S> x1, View<const S> x2,
+                 const S* alpha, const S* beta, const S* A, GroupView<const S> dy, S* dx, S* dx1, S* dx2, S* dalpha, S* dbeta,
+                 S* dA, S* dgamma, S* dshift, int threads) {
   // Sums over samples: in at most max_chunks ranges, then range by range.
   const int64_t chunks = min64(max_chunks, max64(s.N, 1));
   const Joints<S> j(s.V);
-  call_scratch.reserve(Scratch::room<S>(s.K * chunks * j.map) + Scratch::room<double>(2 * s.K * chunks));
+  const int64_t channels = s.K * s.C, pixels = s.T * s.V;
+  call_scratch.reserve(Scratch::room<S>(s.K * chunks * j.map) + Scratch::room<double>(2 * s.K * chunks) +
+                       ChannelSums<SlopeSums>::room(channels) + Scratch::room<NormSlope<S>>(channels));
   S* dshared = call_scratch.take<S>(s.K * chunks * j.map);  // dA' of every range
   const bool streams = is_streamed<S>(s.N * s.K * s.C * s.T * s.V);
   double* dscale = call_scratch.take<double>(2 * s.K * chunks);
+  const ChannelSums<SlopeSums> sums(channels, chunks, call_scratch);
+  auto* slope = call_scratch.take<NormSlope<S>>(channels);
   parallel(s.K * chunks, threads, [&](int64_t task) {
     const FlushDenormals flush;
     const int64_t k = task / chunks, chunk = task % chunks;
     task_scratch.reserve(2 * GroupRows<S>::room(s, j) + 6 * Scratch::room<S>(j.map) + Scratch::room<S>(s.T * j.ld) +
-                         Scratch::room<S>(2 * j.ld) + Scratch::room<S>(s.T * s.V));
+                         Scratch::room<S>(2 * j.ld) + Scratch::room<S>(pixels) + 2 * Scratch::room<S>(pixels + lanes<S>));
     GroupRows<S> rows(s, j, task_scratch), drows(s, j, task_scratch);
     S* shared = task_scratch.take<S>(j.map);  // (A + beta P)'
     S* P = task_scratch.take<S>(j.map);       // P'
@@ -115,7 +135,8 @@ void dg_backward(const DynamicShape& s, GroupView<const S> x, View<const S> x1, 
     S* dgraph = task_scratch.take<S>(j.map);
     S* packed = task_scratch.take<S>(s.T * j.ld);
     S* work = task_scratch.take<S>(2 * j.ld);
-    S* output = task_scratch.take<S>(s.T * s.V);
+    S* output = task_scratch.take<S>(pixels + lanes<S>);
+    S* normed = task_scratch.take<S>(pixels + lanes<S>);
     const Vec<S> a = splat<S>(*alpha), b = splat<S>(*beta), one = splat<S>(S(1));
     S* dsum = dshared + task * j.map;
     std::memset(dsum, 0, j.map * sizeof(S));
@@ -134,10 +155,15 @@ void dg_backward(const DynamicShape& s, GroupView<const S> x, View<const S> x1, 
                       store(tanhs + at, t);
                       store(graph + at, load(shared + at) + a * t);
                     });
-        const OneRow<S> gradient(output, dx + ((n * s.K + k) * s.C + c) * s.T * s.V, streams);
+        S* to = dx + ((n * s.K + k) * s.C + c) * pixels;
+        const OneRow<S> gradient(output, to, streams || norm.gamma);
         multiply(frames_of(dy, n, k, c), graph, s.T, j, gradient.row);
-        gradient.finish(s.T * s.V);
-        pack_frames(frames_of(x, n, k, c), s.T, j, packed);
+        const Frames<S> input = dg_input(s, x, norm, n, k, c, normed);
+        if (norm.gamma)
+          leave_slope(normed, output, frames_of(x, n, k, c).data, norm.mean[k * s.C + c], pixels, output, sums.of(chunk)[k * s.C + c], to);
+        else
+          gradient.finish(pixels);
+        pack_frames(input, s.T, j, packed);
         correlate(frames_of(dy, n, k, c), packed, s.T, j, dgraph, false);
         S *d1 = drows.x1 + c * j.ld, *d2 = drows.x2 + c * j.ld;
         std::memset(d1, 0, j.ld * sizeof(S));
@@ -181,4 +207,10 @@ void dg_backward(const DynamicShape& s, GroupView<const S> x, View<const S> x1, 
       for (int64_t i = 0; i < j.map; i++) sum[i] += sum[chunk * j.map + i];
     unpack_transposed_map(sum, j, dA + k * j.V * j.V);
   }
+  if (!norm.gamma) return;
+  finish_slopes(sums, norm, (double)s.N * (double)pixels, slope, dgamma, dshift);
+  parallel(s.N * s.K, threads, [&](int64_t task) {
+    const int64_t n = task / s.K, k = task % s.K;
+    apply_slopes(slope + k * s.C, s.C, frames_of(x, n, k, 0).data, pixels, dx + task * s.C * pixels);
+  });
 }

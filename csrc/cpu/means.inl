@@ -48,25 +48,35 @@ void total_of(const MeanShape& s, int64_t count, const View<const S>* x, const S
   });
 }
 
+// T frames of V joints, and behind each of them what `last` makes of the sum over joints of part_v x_v; without `part` of x_v.
+template <class S, class F>
+INLINE void append_sum(const S* from, const S* part, int64_t T, int64_t V, S* to, F last) {
+  for (int64_t t = 0; t < T; t++) to[t * (V + 1) + V] = 0;
+  over_joints<S>(V, [&](auto count, const auto& j) __attribute__((always_inline)) {
+    constexpr int m = decltype(count)::value;
+    Vec<S> of[m];
+    UNROLL for (int i = 0; i < m; i++) of[i] = part ? j.read(part, i) : splat<S>(S(1));
+    for (int64_t t = 0; t < T; t++) {
+      S* row = to + t * (V + 1);
+      Vec<S> v[m], scaled[m];
+      UNROLL for (int i = 0; i < m; i++) v[i] = j.read(from + t * V, i), scaled[i] = v[i] * of[i];
+      UNROLL for (int i = 0; i < m; i++) j.write(row, i, v[i]);
+      row[V] += j.sum(scaled);
+    }
+  });
+  for (int64_t t = 0; t < T; t++) to[t * (V + 1) + V] = last(to[t * (V + 1) + V]);
+}
+// y_v = x_v, and behind them their mean.
+template <class S>
+INLINE void append_mean_frames(const S* from, int64_t T, int64_t V, S* to) {
+  append_sum(from, (const S*)nullptr, T, V, to, [scale = (S)(1 / (double)V)](S sum) { return sum * scale; });
+}
+
 // y[n,c,t,:V] = x[n,c,t,:], y[n,c,t,V] = its mean. y (N, C, T, V + 1) contiguous.
 template <class S>
 void append_mean(const MeanShape& s, View<const S> x, S* y, int threads) {
-  const S scale = (S)(1 / (double)s.V);
   parallel(s.N * s.C, threads, [&](int64_t task) {
-    const S* from = x.data + task / s.C * x.stride[0] + task % s.C * x.stride[1];
-    S* to = y + task * s.T * (s.V + 1);
-    for (int64_t t = 0; t < s.T; t++) to[t * (s.V + 1) + s.V] = 0;
-    over_joints<S>(s.V, [&](auto count, const auto& j) __attribute__((always_inline)) {
-      constexpr int m = decltype(count)::value;
-      for (int64_t t = 0; t < s.T; t++) {
-        S* row = to + t * (s.V + 1);
-        Vec<S> v[m];
-        UNROLL for (int i = 0; i < m; i++) v[i] = j.read(from + t * s.V, i);
-        UNROLL for (int i = 0; i < m; i++) j.write(row, i, v[i]);
-        row[s.V] += j.sum(v);
-      }
-    });
-    for (int64_t t = 0; t < s.T; t++) to[t * (s.V + 1) + s.V] *= scale;
+    append_mean_frames(x.data + task / s.C * x.stride[0] + task % s.C * x.stride[1], s.T, s.V, y + task * s.T * (s.V + 1));
   });
 }
 
@@ -94,26 +104,31 @@ void append_mean_backward(const MeanShape& s, int64_t count, const View<const S>
   });
 }
 
+// y_v = x_v + x_V coef_v of T frames, x_V = means[t]: behind the V joints of a frame of x where `means` is to be written.
+template <class S>
+INLINE void spread_frames(const S* from, const S* coef, int64_t T, int64_t V, S* to, S* means) {
+  over_joints<S>(V, [&](auto count, const auto& j) __attribute__((always_inline)) {
+    constexpr int m = decltype(count)::value;
+    Vec<S> part[m];
+    UNROLL for (int i = 0; i < m; i++) part[i] = j.read(coef, i);
+    for (int64_t t = 0; t < T; t++) {
+      const S* row = from + t * (V + 1);
+      const Vec<S> mean = splat(row[V]);
+      means[t] = row[V];
+      Vec<S> v[m];
+      UNROLL for (int i = 0; i < m; i++) v[i] = j.read(row, i) + mean * part[i];
+      UNROLL for (int i = 0; i < m; i++) j.write(to + t * V, i, v[i]);
+    }
+  });
+}
+
 // y[n,c,t,v] = x[n,c,t,v] + x[n,c,t,V] coef[v], v < V; x has V + 1 joints.
 template <class S>
 void spread_mean(const MeanShape& s, View<const S> x, const S* coef, View<S> y, View<S> mean, int threads) {
   parallel(s.N * s.C, threads, [&](int64_t task) {
-    const S* from = x.data + task / s.C * x.stride[0] + task % s.C * x.stride[1];
-    S* to = y.data + task / s.C * y.stride[0] + task % s.C * y.stride[1];
-    S* means = mean.data + task / s.C * mean.stride[0] + task % s.C * mean.stride[1];
-    over_joints<S>(s.V, [&](auto count, const auto& j) __attribute__((always_inline)) {
-      constexpr int m = decltype(count)::value;
-      Vec<S> part[m];
-      UNROLL for (int i = 0; i < m; i++) part[i] = j.read(coef, i);
-      for (int64_t t = 0; t < s.T; t++) {
-        const S* row = from + t * (s.V + 1);
-        const Vec<S> mean = splat(row[s.V]);
-        means[t] = row[s.V];
-        Vec<S> v[m];
-        UNROLL for (int i = 0; i < m; i++) v[i] = j.read(row, i) + mean * part[i];
-        UNROLL for (int i = 0; i < m; i++) j.write(to + t * s.V, i, v[i]);
-      }
-    });
+    spread_frames(x.data + task / s.C * x.stride[0] + task % s.C * x.stride[1], coef, s.T, s.V,
+                  y.data + task / s.C * y.stride[0] + task % s.C * y.stride[1],
+                  mean.data + task / s.C * mean.stride[0] + task % s.C * mean.stride[1]);
   });
 }
 

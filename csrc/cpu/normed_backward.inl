@@ -23,6 +23,16 @@ INLINE void leave_slope(const S* h, const S* dh, const S* z, S mean, int64_t pix
   stream_row(dz, row, pixels);
 }
 
+// dz of one sample from dz' in its place: `channels` rows of `pixels`, side by side.
+template <class S>
+INLINE void apply_slopes(const NormSlope<S>* slope, int64_t channels, const S* z, int64_t pixels, S* dz) {
+  for (int64_t c = 0; c < channels; c++, z += pixels, dz += pixels) {
+    const auto gradient = slope[c].gradient();
+    stream_pixels(dz, pixels, [&](auto read) __attribute__((always_inline)) { return gradient(read(dz), read(z)); });
+  }
+  end_stream();
+}
+
 // A sample at a time, tile by tile of output frames. The panels of relu(bn1(z)) and of its gradient hold the frames that the
 // tile reaches; those that the next tile reaches too are carried over, so that no frame is computed twice.
 // Blocks of few outputs (`gathers`) take a panel of dy with a halo instead, and make each row of the gradient at once from it.

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import again
+from ..kernels.dg_unit import dg_unit
 from ..kernels.dynamic import dg_aggregate
-from ..layers import SparseConv2d, normalise, pointwise_unit
+from ..layers import SparseConv2d, norm_fuses, normalise, pointwise_unit, run_units, track, unwatched
 from ..skeleton import Skeleton
 from .base import Backbone, SharingUnit, graph_parameter, shortcut
 from .multibranch import MixedTemporal
@@ -39,11 +40,25 @@ class GroupGraphUnit(SharingUnit):
 
     def read(self, x: Tensor, for_shortcut: Tensor, mean: Tensor) -> Tensor:
         """The unit where the mean over time (N, I, 1, V), which makes the graphs, is given; both inputs are x."""
+        y = self.post(self._product(x, self.conv1(mean)[:, :, 0], self.conv2(mean)[:, :, 0]))
+        return normalise(self.bn, y, self.down(for_shortcut), relu=True, elsewhere=True)
+
+    def _product(self, x: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
+        """pre(x) times the graphs that are made of x1 and x2: (N, K C_mid, T, V)."""
         grouped = lambda y: y.unflatten(1, (self.subsets, -1))
-        x1, x2, inner = grouped(self.conv1(mean)[:, :, 0]), grouped(self.conv2(mean)[:, :, 0]), self.pre(x)
+        graphs = grouped(x1), grouped(x2), self.alpha[0], self.beta[0], self.A
+        conv, bn, relu = self.pre
+        if all(map(unwatched, (self.pre, bn, relu))):
+            z = conv(x)
+            if norm_fuses(bn, z):
+                y, batch_mean, variance = dg_unit(z, bn.weight, bn.bias, *graphs, bn.eps)
+                track(bn, batch_mean, variance)
+                return y
+            inner = run_units([bn, relu], z)
+        else:
+            inner = self.pre(x)
         with again(inner):
-            y = dg_aggregate(grouped(inner), x1, x2, self.alpha[0], self.beta[0], self.A)
-        return normalise(self.bn, self.post(y.flatten(1, 2)), self.down(for_shortcut), relu=True, elsewhere=True)
+            return dg_aggregate(grouped(inner), *graphs).flatten(1, 2)
 
 
 class DGSTGCN(Backbone):

@@ -142,7 +142,7 @@ LIBRARY.define("branches_backward(Tensor dy, Tensor[] xs, Tensor weight, Tensor 
                "Tensor[] values, Tensor[] index, int[] sizes, int stride, Tensor(a!)[] dxs, Tensor(b!)[] gradients) -> ()")
 
 
-def _channels_apart(x: Tensor) -> Tensor:
+def channels_apart(x: Tensor) -> Tensor:
     """x if its channels are T V numbers apart, as those of a slice are, otherwise a contiguous copy."""
     pixels = x.shape[2] * x.shape[3]
     x = _native.one_run(x)
@@ -183,19 +183,25 @@ def _fake_forward(xs: list[Tensor], weight: Tensor, bias: Tensor, values: list[T
 def _forward(xs: list[Tensor], weight: Tensor, bias: Tensor, values: list[Tensor], biases: list[Tensor], index: list[Tensor],
              sizes: list[int], stride: int, eps: float) -> list[Tensor]:
     outputs = y, mean, rstd, variance = _fake_forward(xs, weight, bias, values, biases, index, sizes, stride, eps)
-    xs, weight, bias = [_channels_apart(x) for x in xs], weight.contiguous(), bias.contiguous()
+    xs, weight, bias = [channels_apart(x) for x in xs], weight.contiguous(), bias.contiguous()
     values, biases = [v.contiguous() for v in values], [b.contiguous() for b in biases]
-    double, threads, size = y.dtype == torch.float64, torch.get_num_threads(), y.element_size()
     for x, (begin, _) in zip(xs, spans(x.shape[1] for x in xs), strict=True):
-        of_batch = [t.data_ptr() + begin * size for t in (weight, bias, mean, rstd, variance)]
-        address, strides = _native.plane(x)  # no residual and no y: the statistics alone
-        _native.module.norm_forward(double, [x.shape[0], x.shape[1], x.shape[2] * x.shape[3]],
-                                    [address, 0, *of_batch[:2], 0, *of_batch[2:]], [strides, (0, 0), (0, 0)], eps, False, True,
-                                    threads)
+        statistics(x, weight, bias, eps, mean, rstd, variance, begin)
     rows, addresses, channels = _arguments(xs, values, biases, index, sizes, [])
-    _native.module.branches_forward(double, _shape(xs, stride), rows, addresses,
-                                    [t.data_ptr() for t in (weight, bias, mean, rstd)], channels, y.data_ptr(), threads)
+    _native.module.branches_forward(y.dtype == torch.float64, _shape(xs, stride), rows, addresses,
+                                    [t.data_ptr() for t in (weight, bias, mean, rstd)], channels, y.data_ptr(),
+                                    torch.get_num_threads())
     return outputs
+
+
+def statistics(x: Tensor, weight: Tensor, bias: Tensor, eps: float, mean: Tensor, rstd: Tensor, variance: Tensor,
+               first: int = 0) -> None:
+    """Writes mean, rstd and unbiased variance of x, from channel ``first`` of these tensors on, which are contiguous."""
+    of_batch = [t.data_ptr() + first * x.element_size() for t in (weight, bias, mean, rstd, variance)]
+    address, strides = _native.plane(x)  # no residual and no y: the statistics alone
+    _native.module.norm_forward(x.dtype == torch.float64, [x.shape[0], x.shape[1], x.shape[2] * x.shape[3]],
+                                [address, 0, *of_batch[:2], 0, *of_batch[2:]], [strides, (0, 0), (0, 0)], eps, False, True,
+                                torch.get_num_threads())
 
 
 def _fake_backward(dy: Tensor, xs: list[Tensor], weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, values: list[Tensor],
@@ -213,7 +219,7 @@ def _backward(dy: Tensor, xs: list[Tensor], weight: Tensor, bias: Tensor, mean: 
     for at, dx in zip(range(0, len(sizes), _SIZES), dxs, strict=True):
         sent.append([dx] if sizes[at] else [dx, of_convs[conv], of_convs[convs + conv]])
         conv += not sizes[at]
-    dy, xs, weight, bias = dy.contiguous(), [_channels_apart(x) for x in xs], weight.contiguous(), bias.contiguous()
+    dy, xs, weight, bias = dy.contiguous(), [channels_apart(x) for x in xs], weight.contiguous(), bias.contiguous()
     values = [v.contiguous() for v in values]
     rows, addresses, channels = _arguments(xs, values, [None] * convs, index, sizes, sent)
     _native.module.branches_backward(dy.dtype == torch.float64, _shape(xs, stride), rows, addresses,

@@ -75,15 +75,20 @@ def dg_aggregate(x: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor,
     Raises:
         ValueError: a shape does not fit.
     """
-    if x.dim() != 5 or x1.shape != x2.shape or tuple(x1.shape) != (*x.shape[:3], x.shape[4]):
-        raise ValueError("Expected x of shape (N, K, C, T, V), x1 and x2 of shape (N, K, C, V). "
-                         f"Got {tuple(x.shape)}, {tuple(x1.shape)} and {tuple(x2.shape)}.")
-    check_graph(A, (x.shape[1], x.shape[4], x.shape[4]), alpha=alpha, beta=beta)
+    check_dg(x, x1, x2, alpha, beta, A)
     x = widened(x)
     arguments = like(x, x, x1, x2, alpha, beta, A)
     if backend_for("dg_aggregate", x.device, x.dtype) == "reference":
         return reference_dynamic.dg_aggregate(*arguments)
     return _DgAggregate.apply(*arguments)
+
+
+def check_dg(x: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor, A: Tensor) -> None:
+    """Shapes of ``dg_aggregate``'s arguments."""
+    if x.dim() != 5 or x1.shape != x2.shape or tuple(x1.shape) != (*x.shape[:3], x.shape[4]):
+        raise ValueError("Expected x of shape (N, K, C, T, V), x1 and x2 of shape (N, K, C, V). "
+                         f"Got {tuple(x.shape)}, {tuple(x1.shape)} and {tuple(x2.shape)}.")
+    check_graph(A, (x.shape[1], x.shape[4], x.shape[4]), alpha=alpha, beta=beta)
 
 
 def check_graph(A: Tensor, shape: tuple[int, ...], **scales: Tensor) -> None:
@@ -175,7 +180,7 @@ def _aa_graph_backward(dgraphs: Tensor, embedded: Tensor, alpha: Tensor, A: Tens
     return gradients
 
 
-def _dg_sizes(x: Tensor) -> list[int]:
+def dg_sizes(x: Tensor) -> list[int]:
     batch, subsets, channels, frames, joints = x.shape
     return [batch, subsets, channels, channels, frames, joints]
 
@@ -187,8 +192,8 @@ def _fake_dg(x: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor, A: 
 @implement("dg_aggregate", _fake_dg)
 def _dg(x: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor, A: Tensor) -> Tensor:
     y, A = _fake_dg(x, x1, x2, alpha, beta, A), A.contiguous()
-    _native.module.dg_forward(x.dtype == torch.float64, _dg_sizes(x), addresses(x, x1, x2, alpha, beta, A, y),
-                              strides(x, x1, x2), torch.get_num_threads())
+    _native.module.dg_forward(x.dtype == torch.float64, dg_sizes(x), addresses(x, x1, x2, alpha, beta, A, y),
+                              strides(x, x1, x2), [], torch.get_num_threads())
     return y
 
 
@@ -200,7 +205,7 @@ def _fake_dg_backward(dy: Tensor, x: Tensor, x1: Tensor, x2: Tensor, alpha: Tens
 @implement("dg_aggregate_backward", _fake_dg_backward)
 def _dg_backward(dy: Tensor, x: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor, A: Tensor) -> tuple[Tensor, ...]:
     gradients, A = _fake_dg_backward(dy, x, x1, x2, alpha, beta, A), A.contiguous()
-    _native.module.dg_backward(x.dtype == torch.float64, _dg_sizes(x),
-                               addresses(x, x1, x2, alpha, beta, A, dy, *gradients), strides(x, x1, x2, dy),
+    _native.module.dg_backward(x.dtype == torch.float64, dg_sizes(x),
+                               addresses(x, x1, x2, alpha, beta, A, dy, *gradients), strides(x, x1, x2, dy), [],
                                torch.get_num_threads())
     return gradients
