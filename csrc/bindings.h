@@ -76,14 +76,14 @@ BlockGradients<S> block_gradients(const Addresses& t, bool identity) {
           out(7),         out(8), out(9), out(10), out(11), out(12), identity};
 }
 
-// Weight, bias, mean and rstd of a norm; behind them the gradients of two of them. Empty: no norm.
+// Weight, bias, mean, rstd and variance of a norm, the last one 0 where mean and rstd are given. Empty: no norm.
 template <class S>
-BlockNorm<S> given_norm(const Addresses& t) {
+BlockNorm<S> norm_of(const Addresses& t, double eps = 0) {
   if (t.empty()) return {nullptr, nullptr, nullptr, nullptr, nullptr, 0};
-  return {(const S*)t[0], (const S*)t[1], (S*)t[2], (S*)t[3], nullptr, 0};
+  return {(const S*)t[0], (const S*)t[1], (S*)t[2], (S*)t[3], (S*)t[4], eps};
 }
 
-// Branches: (pools, O, I, K, bo, bi, blocks, dilation, first channel in the norm and in y, strides of z and dz) each, and the addresses
+// Branches: (kind, O, I, K, bo, bi, blocks, dilation, first channel in the norm and in y, strides of z and dz) each, and the addresses
 // of row_ptr, input, tap, values, bias, z, and of the gradients of z, values and bias.
 template <class S>
 std::vector<Branch<S>> branches(const Strides& size, const std::vector<Addresses>& t) {
@@ -92,7 +92,7 @@ std::vector<Branch<S>> branches(const Strides& size, const std::vector<Addresses
     const Sizes& i = size[b];
     const auto at = [&](int j) { return (const S*)t[b][j]; };
     const Sizes of_pattern(i.begin() + 1, i.begin() + 7);
-    list.push_back({i[0] != 0, pattern(of_pattern, {t[b][0], t[b][1], t[b][2]}), i[7], at(3), at(4), i[8],
+    list.push_back({i[0], pattern(of_pattern, {t[b][0], t[b][1], t[b][2]}), i[7], at(3), at(4), i[8],
                     i[9], at(5), i[10]});
   }
   return list;

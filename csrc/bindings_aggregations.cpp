@@ -69,7 +69,7 @@ void bind_aggregations(py::module_& m) {
                          int threads) {
     typed(is_double, [&](auto& ops, auto s) {
       using S = decltype(s);
-      ops.dg_forward(dynamic_shape(shape), group_view<const S>(t[0], stride[0]), given_norm<S>(norm), view<S>(t[1], stride[1]),
+      ops.dg_forward(dynamic_shape(shape), group_view<const S>(t[0], stride[0]), norm_of<S>(norm), view<S>(t[1], stride[1]),
                      view<S>(t[2], stride[2]), (const S*)t[3], (const S*)t[4], (const S*)t[5], (S*)t[6], threads);
     });
   });
@@ -77,10 +77,10 @@ void bind_aggregations(py::module_& m) {
                           int threads) {
     typed(is_double, [&](auto& ops, auto s) {
       using S = decltype(s);
-      ops.dg_backward(dynamic_shape(shape), group_view<const S>(t[0], stride[0]), given_norm<S>(norm), view<S>(t[1], stride[1]),
+      ops.dg_backward(dynamic_shape(shape), group_view<const S>(t[0], stride[0]), norm_of<S>(norm), view<S>(t[1], stride[1]),
                       view<S>(t[2], stride[2]), (const S*)t[3], (const S*)t[4], (const S*)t[5], group_view<const S>(t[6], stride[3]),
-                      (S*)t[7], (S*)t[8], (S*)t[9], (S*)t[10], (S*)t[11], (S*)t[12], norm.empty() ? nullptr : (S*)norm[4],
-                      norm.empty() ? nullptr : (S*)norm[5], threads);
+                      (S*)t[7], (S*)t[8], (S*)t[9], (S*)t[10], (S*)t[11], (S*)t[12], norm.empty() ? nullptr : (S*)norm[5],
+                      norm.empty() ? nullptr : (S*)norm[6], threads);
     });
   });
 }

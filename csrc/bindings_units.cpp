@@ -63,24 +63,27 @@ void bind_units(py::module_& m) {
     });
   });
 
-  // Branches of a temporal unit: shape as in temporal_conv; norm = weight, bias, mean, rstd, and backward the gradients of two of them.
+  // Branches of a temporal unit: shape as in temporal_conv; norm: see norm_of, backward with the gradients of weight and bias
+  // behind; joint = coefficients, means, and backward the gradient of the former, all 0 without a joint mean.
   m.def("branches_forward", [](bool is_double, const Sizes& shape, const Strides& sizes, const std::vector<Addresses>& addresses,
-                               const Addresses& norm, int64_t channels, Address y, int threads) {
+                               const Addresses& norm, double eps, const std::array<Address, 3>& joint, int64_t channels, Address y,
+                               int threads) {
     typed(is_double, [&](auto& ops, auto s) {
       using S = decltype(s);
       const auto list = branches<S>(sizes, addresses);
-      ops.branches_forward(temporal_shape(shape), (int64_t)list.size(), list.data(),
-                           given_norm<S>(norm), channels, (S*)y, threads);
+      ops.branches_forward(temporal_shape(shape), (int64_t)list.size(), list.data(), norm_of<S>(norm, eps),
+                           {(const S*)joint[0], (S*)joint[1], nullptr}, channels, (S*)y, threads);
     });
   });
   m.def("branches_backward", [](bool is_double, const Sizes& shape, const Strides& sizes, const std::vector<Addresses>& addresses,
-                                const Addresses& norm, int64_t channels, Address dy, int threads) {
+                                const Addresses& norm, const std::array<Address, 3>& joint, int64_t channels, Address dy,
+                                int threads) {
     typed(is_double, [&](auto& ops, auto s) {
       using S = decltype(s);
       const auto list = branches<S>(sizes, addresses);
-      ops.branches_backward(temporal_shape(shape), (int64_t)list.size(), list.data(),
-                            given_norm<S>(norm), channels, (const S*)dy,
-                            branch_gradients<S>(sizes, addresses).data(), (S*)norm[4], (S*)norm[5], threads);
+      ops.branches_backward(temporal_shape(shape), (int64_t)list.size(), list.data(), norm_of<S>(norm),
+                            {(const S*)joint[0], (S*)joint[1], (S*)joint[2]}, channels, (const S*)dy,
+                            branch_gradients<S>(sizes, addresses).data(), (S*)norm[5], (S*)norm[6], threads);
     });
   });
 

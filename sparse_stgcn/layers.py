@@ -3,18 +3,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels import BlockPattern, LiveConv, again, branches, graph_conv, graph_product, max_pool, norm, temporal_conv
-from .kernels.branches import fuses
+from .kernels.branches import Map, fuses
 from .kernels.dispatch import runs_natively, widened, widened_dtype
 
-__all__ = ["SparseConv2d", "TemporalUnit", "Units", "norm_fuses", "normalise", "normed", "pointwise_unit", "run_units", "track",
-           "unwatched"]
+__all__ = ["Maps", "SparseConv2d", "TemporalUnit", "Units", "as_maps", "norm_fuses", "normalise", "normed", "pointwise_unit",
+           "run_units", "track", "unwatched"]
 
 
 class SparseConv2d(nn.Module):
@@ -256,14 +256,23 @@ def _fused(norms: list[nn.BatchNorm2d], xs: list[Tensor], residual: Tensor | Non
     return y
 
 
-def normed(norms: Sequence[nn.Module], xs: Sequence[Tensor], modules: Sequence[nn.Module]) -> Tensor | None:
-    """cat(module_i(relu(bn_i(x_i)))) as one op, see ``kernels.branches``; None where that cannot stand for all of it.
+class Maps(NamedTuple):
+    """What ``kernels.branches`` makes of its inputs, for all norms of one eps."""
 
-    The modules are live convolutions over frames and poolings over three frames, of one stride.
+    of: list[Map]
+    stride: int
+    eps: float
+
+
+def as_maps(norms: Sequence[nn.Module], x: Tensor, modules: Sequence[nn.Module]) -> Maps | None:
+    """relu(bn_i(.)) and module_i behind it as maps of ``kernels.branches``; None where that cannot stand for all of them.
+
+    The modules are live convolutions over frames and poolings over three frames, of one stride. x: has the inputs' N, T and V,
+    dtype and device.
     """
-    maps: list[LiveConv | None] = []
+    maps: list[Map] = []
     strides: set[int] = set()
-    for bn, x, module in zip(norms, xs, modules, strict=True):
+    for bn, module in zip(norms, modules, strict=True):
         if not norm_fuses(bn, x) or not unwatched(bn) or not unwatched(module):
             return None
         if isinstance(module, SparseConv2d):
@@ -272,15 +281,23 @@ def normed(norms: Sequence[nn.Module], xs: Sequence[Tensor], modules: Sequence[n
             maps.append(LiveConv(module.values, module.pattern, module.bias, module.dilation))
             strides.add(module.stride)
         elif _pools(module, x):
-            maps.append(None)
+            maps.append("max")
             strides.add(module.stride[0])  # type: ignore[index,arg-type]  # a pair, see _pools
         else:
             return None
-    own: list[nn.BatchNorm2d] = list(norms)  # type: ignore[arg-type]
-    wide = [widened(x) for x in xs]
-    if len({bn.eps for bn in own}) > 1 or len(strides) > 1 or not fuses(wide[0], maps, stride := strides.pop()):
+    eps: set[float] = {bn.eps for bn in norms}  # type: ignore[misc]
+    if len(eps) > 1 or len(strides) > 1 or not fuses(widened(x), maps, min(strides)):
         return None
-    y, mean, variance = branches(wide, *_joined_parameters(own), maps, stride, own[0].eps)
+    return Maps(maps, min(strides), min(eps))
+
+
+def normed(norms: Sequence[nn.Module], xs: Sequence[Tensor], maps: Maps, passing: Sequence[Tensor] = (),
+           coef: Tensor | None = None) -> Tensor:
+    """cat(module_i(relu(bn_i(x_i)))), and ``passing`` as it is behind them, as one op; coef: see ``kernels.branches``."""
+    own: list[nn.BatchNorm2d] = list(norms)  # type: ignore[arg-type]
+    ways, inputs = list(maps.of), [widened(x) for x in (*xs, *passing)]
+    ways.extend("pass" for _ in passing)
+    y, mean, variance = branches(inputs, *_joined_parameters(own), ways, maps.stride, maps.eps, coef)
     _track_all(own, mean, variance)
     return y
 
@@ -347,8 +364,8 @@ def run_units(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
             done -= 1
         elif isinstance(module, nn.BatchNorm2d):
             done = int(isinstance(modules[at + 1] if at + 1 < len(modules) else None, nn.ReLU))
-            whole = normed([module], [x], modules[at + 2:at + 3]) if done and at + 2 < len(modules) else None
-            x, done = (normalise(module, x, relu=done > 0), done) if whole is None else (whole, 2)
+            maps = as_maps([module], x, modules[at + 2:at + 3]) if done and at + 2 < len(modules) else None
+            x, done = (normalise(module, x, relu=done > 0), done) if maps is None else (normed([module], [x], maps), 2)
         else:
             with again(x):
                 # a pair of strides, see _pools

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparse_stgcn import BlockPattern, compact, create_model, sparsify
 from sparse_stgcn.backbones import multibranch
 from sparse_stgcn.kernels import LiveConv, _native, branches, spans, split
+from sparse_stgcn.kernels.branches import Map
 from sparse_stgcn.kernels.dispatch import forced_backend
 from sparse_stgcn.layers import SparseConv2d, Units
 from tests import unit_cases
@@ -20,30 +21,37 @@ from tests.kernel_cases import STRIDES, normal, random_pattern, strided
 native = pytest.mark.skipif(_native.module is None, reason="the native module is not built")
 module = sys.modules["sparse_stgcn.kernels.branches"]
 
-# (N, T, V), stride, eps, and the maps: (I, O, K, dilation, block, density), or the channels of a pooling
+# (N, T, V), stride, and the maps: (I, O, K, dilation, block, density), or "max" or "pass" and the channels. Those named
+# "mean_..." have a joint mean.
 CASES = {
-    "ctr": ((3, 13, 25), 1, [(8, 8, 5, 1, (8, 1), 0.3), (8, 8, 5, 2, (8, 1), 0.3), 8]),
-    "ctr_stride": ((2, 14, 25), 2, [(16, 16, 5, 1, (8, 1), 0.2), (16, 16, 5, 2, (8, 1), 0.2), 16]),
-    "dg": ((2, 11, 26), 1, [(14, 14, 3, 1, (8, 1), 0.3), *((10, 10, 3, d, (8, 1), 0.3) for d in (2, 3, 4)), 10]),
-    "dg_stride": ((2, 11, 26), 2, [(14, 14, 3, 1, (8, 1), 0.3), *((10, 10, 3, d, (8, 1), 0.3) for d in (2, 3, 4)), 10]),
+    "ctr": ((3, 13, 25), 1, [(8, 8, 5, 1, (8, 1), 0.3), (8, 8, 5, 2, (8, 1), 0.3), ("max", 8)]),
+    "ctr_stride": ((2, 14, 25), 2, [(16, 16, 5, 1, (8, 1), 0.2), (16, 16, 5, 2, (8, 1), 0.2), ("max", 16)]),
+    "mean_dg": ((2, 11, 25), 1, [(14, 14, 3, 1, (8, 1), 0.3), *((10, 10, 3, d, (8, 1), 0.3) for d in (2, 3, 4)), ("max", 10),
+                                 ("pass", 10)]),
+    "mean_dg_stride": ((2, 11, 25), 2, [(14, 14, 3, 1, (8, 1), 0.3), *((10, 10, 3, d, (8, 1), 0.3) for d in (2, 3, 4)),
+                                        ("max", 10), ("pass", 10)]),
+    "dg_without_mean": ((2, 9, 26), 2, [(14, 14, 3, 4, (8, 1), 0.3), ("max", 10), ("pass", 10)]),
     "transform": ((3, 9, 25), 1, [(20, 20, 1, 1, (8, 1), 0.3)]),
+    "mean_point": ((3, 9, 17), 1, [(20, 20, 1, 1, (8, 1), 0.3), ("pass", 3)]),
     "single": ((2, 12, 17), 1, [(6, 7, 3, 2, (1, 1), 0.3), (5, 4, 5, 1, (1, 1), 0.5)]),
-    "single_stride": ((2, 13, 5), 3, [(6, 7, 3, 2, (1, 1), 0.3), 5]),
+    "mean_single_stride": ((2, 13, 5), 3, [(6, 7, 3, 2, (1, 1), 0.3), ("max", 5)]),
     "single_point": ((2, 5, 25), 1, [(9, 11, 1, 1, (1, 1), 0.4)]),
     "mixed_blocks": ((2, 9, 6), 1, [(16, 16, 3, 1, (16, 16), 0.5), (16, 12, 9, 1, (4, 4), 0.5), (7, 9, 3, 3, (2, 3), 0.6)]),
-    "many_tiles": ((1, 400, 25), 1, [(32, 32, 5, 2, (8, 1), 0.1), 4]),
-    "many_tiles_stride": ((1, 301, 25), 2, [(48, 48, 5, 2, (4, 1), 0.1), 3]),
-    "one_frame": ((3, 1, 4), 1, [(8, 8, 3, 4, (8, 1), 0.5), 3]),
-    "pool_alone": ((2, 6, 7), 1, [5]),
-    "more_samples_than_ranges": ((19, 3, 4), 1, [(8, 8, 3, 1, (8, 1), 0.5), 4]),
-    "nothing_lives": ((2, 6, 5), 1, [(8, 8, 3, 1, (8, 1), 0.0)]),
+    "many_tiles": ((1, 400, 25), 1, [(32, 32, 5, 2, (8, 1), 0.1), ("max", 4)]),
+    "mean_many_tiles": ((1, 301, 25), 2, [(48, 48, 5, 2, (4, 1), 0.1), ("max", 3), ("pass", 2)]),
+    "mean_many_joints": ((1, 5, 70), 1, [(8, 8, 3, 1, (8, 1), 0.5), ("max", 3), ("pass", 2)]),
+    "one_frame": ((3, 1, 4), 1, [(8, 8, 3, 4, (8, 1), 0.5), ("max", 3)]),
+    "mean_one_joint": ((3, 4, 1), 1, [(8, 8, 3, 4, (8, 1), 0.5), ("max", 3), ("pass", 1)]),
+    "pool_alone": ((2, 6, 7), 1, [("max", 5)]),
+    "more_samples_than_ranges": ((19, 3, 4), 1, [(8, 8, 3, 1, (8, 1), 0.5), ("max", 4)]),
+    "mean_nothing_lives": ((2, 6, 5), 1, [(8, 8, 3, 1, (8, 1), 0.0)]),
 }
 
 
 def patterns_of(case: str) -> list[BlockPattern | None]:
     made: list[BlockPattern | None] = []
     for seed, spec in enumerate(CASES[case][2]):
-        if isinstance(spec, int):
+        if len(spec) == 2:
             made.append(None)
             continue
         inputs, outputs, taps, _, block, density = spec
@@ -56,44 +64,48 @@ def patterns_of(case: str) -> list[BlockPattern | None]:
 
 def arguments(case: str, dtype: torch.dtype = torch.float64, kind: str = "contiguous", grid: bool = True
               ) -> tuple[list[Tensor], str]:
-    """x of all branches, weight and bias of the norm, then values and bias of each convolution; and the case itself.
+    """x of all branches, coefficients, weight and bias of the norm, then values and bias of each convolution; and the case.
 
     x lies on a ``grid``, so that no ReLU and no maximum is decided by a rounding error.
     """
-    (batch, frames, joints), _, maps = CASES[case]
+    (batch, frames, joints), stride, maps = CASES[case]
     draw = lambda seed, *shape: normal(*shape, seed=seed).to(dtype)
-    widths = [spec if isinstance(spec, int) else spec[0] for spec in maps]
+    widths = [spec[1] if len(spec) == 2 else spec[0] for spec in maps]
+    normed = sum(width for width, spec in zip(widths, maps, strict=True) if spec[0] != "pass")
     convs = [part for seed, pattern in enumerate(patterns_of(case)) if pattern is not None
              for part in (pattern.gather(draw(50 + seed, *pattern.shape)), draw(70 + seed, pattern.shape[0]))]
-    xs = [2 * draw(seed, batch, width, frames, joints) for seed, width in enumerate(widths)]
+    xs = [2 * draw(seed, batch, width, -(-frames // stride) if spec[0] == "pass" else frames, joints)
+          for seed, (width, spec) in enumerate(zip(widths, maps, strict=True))]
     xs = [strided(3 + ((4 * x).round() / 4 if grid else x), kind) for x in xs]
-    return [*xs, draw(40, sum(widths)), draw(41, sum(widths)), *convs], case
+    return [*xs, draw(39, joints), draw(40, normed), draw(41, normed), *convs], case
 
 
-def maps_of(case: str, convs: list[Tensor], bias: bool = True) -> list[LiveConv | None]:
+def maps_of(case: str, convs: list[Tensor], bias: bool = True) -> list[Map]:
     pairs = zip(convs[::2], convs[1::2] if bias else [None] * len(convs), strict=False)
-    return [None if pattern is None else LiveConv(*(pair := next(pairs))[:1], pattern, pair[1], spec[3])
+    return [spec[0] if pattern is None else LiveConv(*(pair := next(pairs))[:1], pattern, pair[1], spec[3])
             for pattern, spec in zip(patterns_of(case), CASES[case][2], strict=True)]
 
 
 def call(case: str, leaves: list[Tensor], bias: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     count = len(CASES[case][2])
-    weight, shift, *convs = leaves[count:]
-    return branches(leaves[:count], weight, shift, maps_of(case, convs, bias), CASES[case][1], 1e-4)
+    coef, weight, shift, *convs = leaves[count:]
+    return branches(leaves[:count], weight, shift, maps_of(case, convs, bias), CASES[case][1], 1e-4,
+                    coef if case.startswith("mean") else None)
 
 
 def run(given: list[Tensor], case: str, dy: Tensor, bias: bool = True) -> list[Tensor]:
     leaves = [tensor.detach().requires_grad_() for tensor in given]
     y, mean, variance = call(case, leaves, bias)
     assert not mean.requires_grad and not variance.requires_grad and y.is_contiguous()
-    first = len(CASES[case][2]) + 2
-    wanted = [leaf for at, leaf in enumerate(leaves) if bias or at < first or (at - first) % 2 == 0]
+    count = len(CASES[case][2])
+    wanted = [leaf for at, leaf in enumerate(leaves) if (bias or at < count + 3 or (at - count - 3) % 2 == 0)
+              and (at != count or case.startswith("mean"))]
     return [y.detach(), mean, variance, *torch.autograd.grad(y, wanted, dy)]
 
 
 def gradient(case: str, dtype: torch.dtype = torch.float64, kind: str = "contiguous") -> Tensor:
     (batch, frames, joints), stride, maps = CASES[case]
-    outputs = sum(spec if isinstance(spec, int) else spec[1] for spec in maps)
+    outputs = sum(spec[1] for spec in maps)
     return strided(normal(batch, outputs, -(-frames // stride), joints, seed=90).to(dtype), kind)
 
 
@@ -113,14 +125,16 @@ def test_any_strides(kind: str, dy_kind: str) -> None:
 
 
 @native
-@pytest.mark.parametrize("case", ["single_stride", "one_frame", "mixed_blocks"])
+@pytest.mark.parametrize("case", ["mean_single_stride", "mean_one_joint", "one_frame", "mean_point"])
 def test_gradcheck(case: str) -> None:
     leaves = [tensor.detach().requires_grad_() for tensor in arguments(case, grid=False)[0]]
+    leaves[len(CASES[case][2])].requires_grad_(case.startswith("mean"))
     assert torch.autograd.gradcheck(lambda *given: call(case, list(given))[0], leaves)
 
 
 @native
-@pytest.mark.parametrize("case", ["ctr", "dg_stride", "single", "many_tiles", "more_samples_than_ranges"])
+@pytest.mark.parametrize("case", ["ctr", "mean_dg_stride", "single", "many_tiles", "mean_many_tiles",
+                                  "more_samples_than_ranges"])
 def test_bit_equal_over_runs_and_threads(case: str) -> None:
     given, _ = arguments(case, torch.float32)
     before, results = torch.get_num_threads(), []
@@ -137,10 +151,10 @@ def test_bit_equal_over_runs_and_threads(case: str) -> None:
 @native
 def test_gradients_of_slices_lie_in_their_places() -> None:
     """The inputs are slices of one tensor with channels between them, as a joined 1 x 1 convolution gives them."""
-    given, case = arguments("dg")
+    given, case = arguments("mean_dg")
     count = len(CASES[case][2])
     rooms = [x.shape[1] + 3 for x in given[:count]]
-    wide = torch.zeros(2, sum(rooms), 11, 26, dtype=torch.float64)
+    wide = torch.zeros(2, sum(rooms), 11, 25, dtype=torch.float64)
     where = [(begin, begin + x.shape[1]) for (begin, _), x in zip(spans(rooms), given[:count], strict=True)]
     for (begin, end), x in zip(where, given[:count], strict=True):
         wide[:, begin:end] = x
@@ -156,7 +170,7 @@ def test_gradients_of_slices_lie_in_their_places() -> None:
 
 @native
 def test_stale_workspaces_do_not_leak() -> None:
-    (given, case), dy = arguments("dg", torch.float32), gradient("dg", torch.float32)
+    (given, case), dy = arguments("mean_dg", torch.float32), gradient("mean_dg", torch.float32)
     clean = run(given, case, dy)
     run([torch.full_like(t, float("nan")) for t in arguments("many_tiles", torch.float32)[0]], "many_tiles",
         gradient("many_tiles", torch.float32) * float("nan"))
@@ -182,27 +196,29 @@ def test_nothing_but_the_arguments_is_stored() -> None:
 def test_opcheck_and_fullgraph() -> None:
     given, case = arguments("ctr", torch.float32)
     leaves = [tensor.detach().requires_grad_() for tensor in given]
-    maps = maps_of(case, given[5:])
+    maps = maps_of(case, given[6:])
 
     def loss(*tensors: Tensor) -> Tensor:
-        convs = [None if conv is None else conv._replace(values=tensors[5 + 2 * b], bias=tensors[6 + 2 * b])
-                 for b, conv in enumerate(maps)]
-        return branches(tensors[:3], tensors[3], tensors[4], convs)[0].square().sum()
+        ways = [way if isinstance(way, str) else way._replace(values=tensors[6 + 2 * b], bias=tensors[7 + 2 * b])
+                for b, way in enumerate(maps)]
+        return branches(tensors[:3], tensors[4], tensors[5], ways, coef=tensors[3])[0].square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(loss(*leaves), leaves), strict=True):
         assert torch.equal(a, b)
-    xs, (weight, shift), convs = given[:3], given[3:5], given[5:]
+    xs, (coef, weight, shift), convs = given[:3], given[3:6], given[6:]
     patterns = [p for p in patterns_of(case) if p is not None]
     index = [part for p in patterns for part in (p.row_ptr, p.input, p.tap)]
     sizes = [0, 8, 8, 5, 8, 1, 1, 0, 8, 8, 5, 8, 1, 2, 1, 8, 8, 1, 1, 1, 1]
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    forward = (xs, weight, shift, convs[::2], convs[1::2], index, sizes, 1, 1e-5)
+    forward = (xs, weight, shift, coef, convs[::2], convs[1::2], index, sizes, 1, 1e-5)
     torch.library.opcheck(torch.ops.sparse_stgcn.branches, forward, test_utils=tests)
-    _, mean, rstd, _ = torch.ops.sparse_stgcn.branches(*forward)
-    dxs, gradients = [torch.empty_like(x) for x in xs], [torch.empty_like(t) for t in (weight, shift, *convs[::2], *convs[1::2])]
+    _, mean, rstd, _, means = torch.ops.sparse_stgcn.branches(*forward)
+    weights = weight, shift, coef, *convs[::2], *convs[1::2]
+    dxs, gradients = [torch.empty_like(x) for x in xs], [torch.empty_like(t) for t in weights]
     torch.library.opcheck(torch.ops.sparse_stgcn.branches_backward, (
-        gradient(case, torch.float32), xs, weight, shift, mean, rstd, convs[::2], index, sizes, 1, dxs, gradients),
+        gradient(case, torch.float32), xs, weight, shift, coef, mean, rstd, means, convs[::2], index, sizes, 1,
+        dxs, gradients),
         test_utils=tests)
 
 
@@ -210,21 +226,24 @@ CONV = LiveConv(torch.zeros(24, 1, 8), BlockPattern.full((8, 8, 3), (8, 1)), tor
 
 
 @pytest.mark.parametrize(("change", "error", "message"), [
-    ({"xs": []}, ValueError, "xs of shapes"),
+    ({"xs": []}, ValueError, "one map for each of 0 xs"),
     ({"xs": [torch.zeros(2, 8, 6, 25), torch.zeros(2, 8, 5, 25)]}, ValueError, "xs of shapes"),
-    ({"maps": [None]}, ValueError, "one map for each of 2 xs"),
+    ({"maps": ["max"]}, ValueError, "one map for each of 2 xs"),
+    ({"maps": ["pass", "pass"]}, ValueError, "not all of them"),
+    ({"coef": torch.zeros(24)}, ValueError, r"coef of shape \(25,\)"),
+    ({"maps": ["pass", "max"], "stride": 2, "weight": torch.zeros(8), "bias": torch.zeros(8)}, ValueError, "xs of shapes"),
     ({"weight": torch.zeros(8)}, ValueError, r"weight and bias of shape \(16,\)"),
     ({"bias": torch.zeros(16, dtype=torch.float64)}, TypeError, "of one dtype"),
     ({"stride": 0}, ValueError, "stride and dilations of at least 1"),
-    ({"maps": [CONV._replace(dilation=0), None]}, ValueError, "stride and dilations of at least 1"),
-    ({"maps": [CONV._replace(pattern=BlockPattern.full((8, 8, 2), (8, 1))), None]}, ValueError, "with an odd K"),
-    ({"maps": [CONV._replace(pattern=BlockPattern.full((8, 4, 3), (8, 1))), None]}, ValueError, r"a pattern \(O, 8, K\)"),
-    ({"maps": [CONV._replace(values=torch.zeros(3, 1, 8)), None]}, ValueError, "values of shape"),
-    ({"maps": [CONV._replace(bias=torch.zeros(3)), None]}, ValueError, "bias of shape"),
+    ({"maps": [CONV._replace(dilation=0), "max"]}, ValueError, "stride and dilations of at least 1"),
+    ({"maps": [CONV._replace(pattern=BlockPattern.full((8, 8, 2), (8, 1))), "max"]}, ValueError, "with an odd K"),
+    ({"maps": [CONV._replace(pattern=BlockPattern.full((8, 4, 3), (8, 1))), "max"]}, ValueError, r"a pattern \(O, 8, K\)"),
+    ({"maps": [CONV._replace(values=torch.zeros(3, 1, 8)), "max"]}, ValueError, "values of shape"),
+    ({"maps": [CONV._replace(bias=torch.zeros(3)), "max"]}, ValueError, "bias of shape"),
     ({"xs": [torch.zeros(1, 8, 1, 1)] * 2}, ValueError, "at least two values per channel"),
 ])
 def test_errors(change: dict, error: type[Exception], message: str) -> None:
-    given = {"xs": [torch.zeros(2, 8, 6, 25)] * 2, "weight": torch.zeros(16), "bias": torch.zeros(16), "maps": [CONV, None],
+    given = {"xs": [torch.zeros(2, 8, 6, 25)] * 2, "weight": torch.zeros(16), "bias": torch.zeros(16), "maps": [CONV, "max"],
              **change}
     with pytest.raises(error, match=message):
         branches(**given)
@@ -267,8 +286,8 @@ def test_temporal_units_take_it_in_training(backbone: str, ops: int, level: floa
             del made[:]
             if way == "apart":
                 with monkeypatch.context() as patch:
-                    patch.setattr(multibranch, "normed", lambda *a: None)
-                    patch.setattr("sparse_stgcn.layers.normed", lambda *a: None)
+                    patch.setattr(multibranch, "as_maps", lambda *a: None)
+                    patch.setattr("sparse_stgcn.layers.as_maps", lambda *a: None)
                     results.append(step(other, x))
             else:
                 results.append(step(other, x))

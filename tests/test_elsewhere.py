@@ -1,6 +1,9 @@
 """A norm whose result goes on as a part of a larger tensor stores that part in place of its result."""
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -59,3 +62,20 @@ def test_without_a_gradient_nothing_is_kept() -> None:
         y = unit(*inputs(), elsewhere=True)
         (larger,) = append_mean(y)
     assert torch.equal(larger[..., :-1], y) and not larger.requires_grad
+
+
+@pytest.mark.parametrize("with_mean", [True, False])
+def test_a_result_and_its_graph_die_with_the_last_reference(with_mean: bool) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        leaves = inputs()
+        y = unit(*leaves, elsewhere=True)
+        nodes = [weakref.ref(y), weakref.ref(y.grad_fn)]
+        total = append_mean(y)[0].sum() if with_mean else y.sum()
+        del y
+        total.backward()
+        del total
+        assert not any(node() for node in nodes)
+    finally:
+        gc.enable()

@@ -28,6 +28,12 @@ struct FrameVectors {
     if constexpr (SHORT) store_some(frame, v, V);
     else store(frame + at(i), v);
   }
+  // to[joint] += its lane of v, every joint once.
+  INLINE void add(double* to, const Vec<S>* v) const {
+    for (int i = 0; i < n; i++)
+      for (int64_t l = 0; l < (SHORT ? V : lanes<S>); l++)
+        if (i + 1 < n || fresh[l] > S(0)) to[at(i) + l] += (double)v[i][l];
+  }
   // The sum of a frame's vectors, every joint once.
   INLINE S sum(const Vec<S>* v) const {
     Vec<S> total = fresh > Vec<S>{} ? v[n - 1] : Vec<S>{};

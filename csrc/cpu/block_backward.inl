@@ -60,7 +60,8 @@ struct SlopedRows {
 template <class S>
 void block_temporal_backward(const TemporalShape& s, const Pattern& p, const BlockTensors<S>& b, const BlockGradients<S>& d,
                              const NormSlope<S>* slope, NormSlope<S>* first_slope, int threads) {
-  const NormedConv<S> conv{s, p, b.temporal_values, b.first, b.z, p.I * s.T * s.V, d.dz, p.I * s.T * s.V};
+  const int64_t sample = p.I * s.T * s.V;
+  const NormedConv<S> conv{s, p, b.temporal_values, b.first, {b.z, sample, d.dz, sample, s.T, s.V, false}};
   const SlopedRows<S> dy{slope, d.g, b.y, p.O, s.T_out * s.V};
   const NormedBackward<S, SlopedRows<S>> pass(conv, dy);
   const int64_t entries = p.blocks * p.bi, size = entries * p.bo, chunks = min64(max_chunks, max64(s.N, 1));

@@ -133,14 +133,45 @@ INLINE void make_normed(const S* z, const Affine<S>& affine, int64_t pixels, S* 
   make_row(row, pixels, [&](auto read) __attribute__((always_inline)) { return rectify<S>(affine(read(z))); });
 }
 
-// A temporal panel whose rows go through relu(bn(z)) as they are packed, for output frames [t0, t0 + count): frames
-// [from, plane_frames) of every plane. `z` is one sample, contiguous.
+// Channels of z (N, C, T, V), the input of a norm, and where their gradients go. Channels of a sample are T V numbers apart. With
+// `mean` the norm sees the mean of each frame as joint V: rows are then made with it, and folded as they leave.
 template <class S>
-void pack_normed(const TemporalPlan& plan, const TemporalShape& s, const Pattern& p, const S* z, const BlockNorm<S>& norm,
-                 int64_t t0, int64_t from, S* panel) {
+struct Channels {
+  const S* z;
+  int64_t z_stride;
+  S* dz;
+  int64_t dz_stride, T, V;
+  bool mean;
+
+  int64_t joints() const { return V + mean; }
+  int64_t row_size() const { return T * joints() + lanes<S>; }
+  size_t room() const { return mean ? Scratch::room<S>(row_size()) : 0; }  // of a row with means
+  S* take_room(Scratch& scratch) const { return mean ? scratch.take<S>(row_size()) : nullptr; }
+
+  INLINE const S* at(int64_t n, int64_t i, int64_t t) const { return z + n * z_stride + (i * T + t) * V; }
+  // Where frame 0 of a channel lies, of which frames [begin, end) may be read.
+  INLINE const S* row(int64_t n, int64_t i, int64_t begin, int64_t end, S* room) const {
+    if (!mean) return at(n, i, 0);
+    append_mean_frames(at(n, i, begin), end - begin, V, room + begin * joints());
+    return room;
+  }
+  // Frames [begin, end) of the gradient of a channel leave; with means they are folded in `room`, which may not be `g`.
+  INLINE void leave(int64_t n, int64_t i, int64_t begin, int64_t end, const S* g, S* room) const {
+    if (mean) fold_mean_frames(g, end - begin, V, room);
+    stream_row(dz + n * dz_stride + (i * T + begin) * V, mean ? room : g, (end - begin) * V);
+  }
+};
+
+// A temporal panel whose rows go through relu(bn(z)) as they are packed, for output frames [t0, t0 + count) of sample n: frames
+// [from, plane_frames) of every plane. room: see Channels.
+template <class S>
+void pack_normed(const TemporalPlan& plan, const TemporalShape& s, const Pattern& p, const Channels<S>& z, const BlockNorm<S>& norm,
+                 int64_t n, int64_t t0, int64_t from, S* room, S* panel) {
+  const int64_t first = t0 * s.stride - plan.padding;
+  const int64_t least = max64(0, first + from * s.stride), most = max64(least, min64(s.T, first + plan.plane_frames * s.stride));
   for (int64_t i = 0; i < p.I; i++) {
     const Affine<S> affine = affine_of(norm, i);
-    const S* channel = z + i * s.T * s.V;
+    const S* channel = z.row(n, i, least, most, room);
     for (int64_t q = 0; q < plan.phases; q++) {
       S* row = panel + i * plan.ld + q * plan.plane;
       const int64_t t = t0 * s.stride + q - plan.padding;  // input frame of panel frame 0

@@ -121,6 +121,7 @@ void dg_backward(const DynamicShape& s, GroupView<const S> x, const BlockNorm<S>
   double* dscale = call_scratch.take<double>(2 * s.K * chunks);
   const ChannelSums<SlopeSums> sums(channels, chunks, call_scratch);
   auto* slope = call_scratch.take<NormSlope<S>>(channels);
+  const Channels<S> z{x.data, x.stride[0], dx, channels * pixels, s.T, s.V, false};
   parallel(s.K * chunks, threads, [&](int64_t task) {
     const FlushDenormals flush;
     const int64_t k = task / chunks, chunk = task % chunks;
@@ -159,10 +160,9 @@ void dg_backward(const DynamicShape& s, GroupView<const S> x, const BlockNorm<S>
         const OneRow<S> gradient(output, to, streams || norm.gamma);
         multiply(frames_of(dy, n, k, c), graph, s.T, j, gradient.row);
         const Frames<S> input = dg_input(s, x, norm, n, k, c, normed);
-        if (norm.gamma)
-          leave_slope(normed, output, frames_of(x, n, k, c).data, norm.mean[k * s.C + c], pixels, output, sums.of(chunk)[k * s.C + c], to);
-        else
-          gradient.finish(pixels);
+        const int64_t i = k * s.C + c;
+        if (norm.gamma) leave_slope(z, n, i, 0, s.T, normed, output, norm.mean[i], output, (S*)nullptr, sums.of(chunk)[i]);
+        else gradient.finish(pixels);
         pack_frames(input, s.T, j, packed);
         correlate(frames_of(dy, n, k, c), packed, s.T, j, dgraph, false);
         S *d1 = drows.x1 + c * j.ld, *d2 = drows.x2 + c * j.ld;
@@ -209,8 +209,5 @@ void dg_backward(const DynamicShape& s, GroupView<const S> x, const BlockNorm<S>
   }
   if (!norm.gamma) return;
   finish_slopes(sums, norm, (double)s.N * (double)pixels, slope, dgamma, dshift);
-  parallel(s.N * s.K, threads, [&](int64_t task) {
-    const int64_t n = task / s.K, k = task % s.K;
-    apply_slopes(slope + k * s.C, s.C, frames_of(x, n, k, 0).data, pixels, dx + task * s.C * pixels);
-  });
+  parallel(s.N, threads, [&](int64_t n) { apply_slopes(slope, channels, z, n); });
 }

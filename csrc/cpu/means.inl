@@ -72,6 +72,22 @@ INLINE void append_mean_frames(const S* from, int64_t T, int64_t V, S* to) {
   append_sum(from, (const S*)nullptr, T, V, to, [scale = (S)(1 / (double)V)](S sum) { return sum * scale; });
 }
 
+// Its adjoint: y_v = x_v + x_V / V.
+template <class S>
+INLINE void fold_mean_frames(const S* from, int64_t T, int64_t V, S* to) {
+  const S scale = (S)(1 / (double)V);
+  over_joints<S>(V, [&](auto count, const auto& j) __attribute__((always_inline)) {
+    constexpr int m = decltype(count)::value;
+    for (int64_t t = 0; t < T; t++) {
+      const S* row = from + t * (V + 1);
+      const Vec<S> share = splat(row[V] * scale);
+      Vec<S> v[m];
+      UNROLL for (int i = 0; i < m; i++) v[i] = j.read(row, i) + share;
+      UNROLL for (int i = 0; i < m; i++) j.write(to + t * V, i, v[i]);
+    }
+  });
+}
+
 // y[n,c,t,:V] = x[n,c,t,:], y[n,c,t,V] = its mean. y (N, C, T, V + 1) contiguous.
 template <class S>
 void append_mean(const MeanShape& s, View<const S> x, S* y, int threads) {
@@ -132,6 +148,20 @@ void spread_mean(const MeanShape& s, View<const S> x, const S* coef, View<S> y, 
   });
 }
 
+// sums_v += sum over t of g_v mean_t.
+template <class S>
+INLINE void spread_sums(const S* g, const S* means, int64_t T, int64_t V, double* sums) {
+  over_joints<S>(V, [&](auto count, const auto& j) __attribute__((always_inline)) {
+    constexpr int m = decltype(count)::value;
+    Vec<S> sum[m] = {};
+    for (int64_t t = 0; t < T; t++) {
+      const Vec<S> mean = splat(means[t]);
+      UNROLL for (int i = 0; i < m; i++) sum[i] += j.read(g + t * V, i) * mean;
+    }
+    j.add(sums, sum);
+  });
+}
+
 // dx[..., :V] = dy, dx[..., V] = sum over v of dy coef[v]; dcoef[v] += sum over n, c, t of dy[n,c,t,v] mean[n,c,t].
 template <class S>
 void spread_mean_backward(const MeanShape& s, View<const S> dy, View<const S> mean, const S* coef, View<S> dx, double* dcoef,
@@ -139,34 +169,12 @@ void spread_mean_backward(const MeanShape& s, View<const S> dy, View<const S> me
   call_scratch.reserve(Scratch::room<double>(s.C * s.V));
   double* partial = call_scratch.take<double>(s.C * s.V);
   parallel(s.C, threads, [&](int64_t c) {
-    task_scratch.reserve(Scratch::room<S>(s.V));
-    S* sums = task_scratch.take<S>(s.V);
     double* total = partial + c * s.V;
     for (int64_t v = 0; v < s.V; v++) total[v] = 0;
     for (int64_t n = 0; n < s.N; n++) {
       const S* d = dy.data + n * dy.stride[0] + c * dy.stride[1];
-      const S* means = mean.data + n * mean.stride[0] + c * mean.stride[1];
-      S* to = dx.data + n * dx.stride[0] + c * dx.stride[1];
-      for (int64_t t = 0; t < s.T; t++) to[t * (s.V + 1) + s.V] = 0;
-      over_joints<S>(s.V, [&](auto count, const auto& j) __attribute__((always_inline)) {
-        constexpr int m = decltype(count)::value;
-        Vec<S> part[m], sum[m] = {};
-        UNROLL for (int i = 0; i < m; i++) part[i] = j.read(coef, i);
-        for (int64_t t = 0; t < s.T; t++) {
-          S* row = to + t * (s.V + 1);
-          const Vec<S> of_all = splat(means[t]);
-          Vec<S> g[m], v[m];
-          UNROLL for (int i = 0; i < m; i++) {
-            g[i] = j.read(d + t * s.V, i);
-            v[i] = g[i] * part[i];
-            sum[i] += g[i] * of_all;
-          }
-          UNROLL for (int i = 0; i < m; i++) j.write(row, i, g[i]);
-          row[s.V] += j.sum(v);
-        }
-        UNROLL for (int i = 0; i < m; i++) j.write(sums, i, sum[i]);
-      });
-      for (int64_t v = 0; v < s.V; v++) total[v] += (double)sums[v];
+      append_sum(d, coef, s.T, s.V, dx.data + n * dx.stride[0] + c * dx.stride[1], [](S sum) { return sum; });
+      spread_sums(d, mean.data + n * mean.stride[0] + c * mean.stride[1], s.T, s.V, total);
     }
   });
   for (int64_t c = 0; c < s.C; c++)

@@ -2,33 +2,47 @@
 // is made again as its rows are packed, and no gradient of it exists as a whole tensor. For a block of ST-GCN (block_backward.inl)
 // and for the branches of a temporal unit (branches.inl).
 
-// What is convolved: channels of a sample are T V numbers apart, samples z_stride and, in dz', dz_stride.
+// What is convolved; V of the shape counts the joints that the norm sees.
 template <class S>
 struct NormedConv {
   TemporalShape s;
   Pattern p;
   const S* values;
   BlockNorm<S> norm;  // of its first channel
-  const S* z;
-  int64_t z_stride;
-  S* dz;
-  int64_t dz_stride;
+  Channels<S> z;
 };
 
-// A row of the gradient dh of h = relu(norm(z)) leaves through the ReLU, with its sums.
+// Frames [begin, end) of the gradient dh of h = relu(norm(z)) of a channel leave through the ReLU, with their sums. row: room for
+// them, may be dh; room: as Channels asks for it.
 template <class S>
-INLINE void leave_slope(const S* h, const S* dh, const S* z, S mean, int64_t pixels, S* row, SlopeSums& sums, S* dz) {
+INLINE void leave_slope(const Channels<S>& z, int64_t n, int64_t i, int64_t begin, int64_t end, const S* h, const S* dh, S mean, S* row,
+                        S* room, SlopeSums& sums) {
+  const int64_t pixels = (end - begin) * z.joints();
   make_row(row, pixels, [&](auto read) __attribute__((always_inline)) { return positive<S>(read(h), read(dh)); });
-  sums.add(row, z, pixels, mean);
-  stream_row(dz, row, pixels);
+  sums.add(row, z.row(n, i, begin, end, room) + begin * z.joints(), pixels, mean);
+  z.leave(n, i, begin, end, row, room);
 }
 
-// dz of one sample from dz' in its place: `channels` rows of `pixels`, side by side.
+// dz of one sample from dz' in its place. Where means are folded, dz_v + dz_V / V is the same formula for z_v + z_V / V, of which
+// mean and of_sum count 1 + 1 / V times.
 template <class S>
-INLINE void apply_slopes(const NormSlope<S>* slope, int64_t channels, const S* z, int64_t pixels, S* dz) {
-  for (int64_t c = 0; c < channels; c++, z += pixels, dz += pixels) {
-    const auto gradient = slope[c].gradient();
-    stream_pixels(dz, pixels, [&](auto read) __attribute__((always_inline)) { return gradient(read(dz), read(z)); });
+void apply_slopes(const NormSlope<S>* slope, int64_t channels, const Channels<S>& z, int64_t n) {
+  const int64_t pixels = z.T * z.V;
+  task_scratch.reserve(z.room() + Scratch::room<S>(z.mean ? pixels : 0));
+  S* room = z.take_room(task_scratch);
+  S* folded = task_scratch.take<S>(z.mean ? pixels : 0);
+  for (int64_t c = 0; c < channels; c++) {
+    NormSlope<S> own = slope[c];
+    const S* row = z.row(n, c, 0, z.T, room);
+    if (z.mean) {
+      const S often = (S)(1 + 1 / (double)z.V);
+      own.mean *= often, own.of_sum *= often;
+      fold_mean_frames(row, z.T, z.V, folded);
+      row = folded;
+    }
+    S* dz = z.dz + n * z.dz_stride + c * pixels;
+    const auto gradient = own.gradient();
+    stream_pixels(dz, pixels, [&](auto read) __attribute__((always_inline)) { return gradient(read(dz), read(row)); });
   }
   end_stream();
 }
@@ -65,7 +79,7 @@ struct NormedBackward {
   int64_t dpanel_size() const { return gathers ? p.O * dy_ld() : plan.panel_size(p); }
   size_t room() const {
     return Scratch::room<S>(plan.panel_size(p)) + Scratch::room<S>(dpanel_size()) + Scratch::room<S>(p.bo * ldy) +
-           2 * Scratch::room<S>(row_size()) + Scratch::room<S>(ldy);
+           2 * Scratch::room<S>(row_size()) + Scratch::room<S>(ldy) + conv.z.room();
   }
   // Where tap k of input frame q of a tile is found in a row of dy, or -1.
   auto shift() const {
@@ -83,12 +97,13 @@ struct NormedBackward {
     S* first_row = task_scratch.take<S>(row_size());
     S* second_row = task_scratch.take<S>(row_size());
     S* phase_row = task_scratch.take<S>(ldy);
-    if (gathers) return run_gathers(n, offset, entries, panel, dpanel, rows, first_row, second_row, phase_row, dw, dbias, sums);
+    S* room = conv.z.take_room(task_scratch);
+    if (gathers) return run_gathers(n, offset, entries, panel, dpanel, rows, first_row, second_row, phase_row, room, dw, dbias, sums);
     std::memset(dpanel, 0, plan.panel_size(p) * sizeof(S));
     for (int64_t t0 = 0; t0 < s.T_out; t0 += plan.frames) {
       const int64_t frames = min64(plan.frames, s.T_out - t0);
       if (t0) carry(panel), carry(dpanel);
-      pack_normed(plan, s, p, conv.z + n * conv.z_stride, conv.norm, t0, t0 ? carried : 0, panel);
+      pack_normed(plan, s, p, conv.z, conv.norm, n, t0, t0 ? carried : 0, room, panel);
       for (int64_t g = 0; g < p.rows; g++) {
         const int64_t live = live_rows(p, g), c = g * p.bo, e = p.row_ptr[g] * p.bi;
         upper.pack(n, c, live, t0 * s.V, frames * s.V, rows, ldy);
@@ -96,8 +111,8 @@ struct NormedBackward {
         Ahead<S> ahead;
         if (g + 1 < p.rows) upper.ahead(ahead, n, c + p.bo, live_rows(p, g + 1), t0 * s.V, frames * s.V);
         const int64_t i = g * p.I / p.rows, z_frame = (t0 + plan.frames + carried) * s.stride - plan.padding;  // first of the next tile
-        ahead.add(conv.z + n * conv.z_stride + (i * s.T + z_frame) * s.V, (g + 1) * p.I / p.rows - i, s.T * s.V,
-                  (min64(s.T, z_frame + plan.frames * s.stride) - z_frame) * s.V);
+        ahead.add(conv.z.at(n, i, z_frame), (g + 1) * p.I / p.rows - i, s.T * conv.z.V,
+                  (min64(s.T, z_frame + plan.frames * s.stride) - z_frame) * conv.z.V);
         const int64_t count = (p.row_ptr[g + 1] - p.row_ptr[g]) * p.bi;
         ahead.spread(dot_calls<S>(count, frames * s.V));
         dot_row(panel, offset + e, count, p.bo, live, rows, ldy, frames * s.V, dw + e * p.bo, ahead);
@@ -108,16 +123,16 @@ struct NormedBackward {
       const int64_t finish = last ? s.T : min64(s.T, (t0 + frames) * s.stride - plan.padding);
       for (int64_t i = 0; i < p.I && begin < finish; i++)
         leave(n, i, begin, finish, frames_of(panel + i * plan.ld, t0, begin, finish, first_row),
-              frames_of(dpanel + i * plan.ld, t0, begin, finish, second_row), second_row, sums);
+              frames_of(dpanel + i * plan.ld, t0, begin, finish, second_row), second_row, room, sums);
     }
   }
 
   void run_gathers(int64_t n, const int32_t* offset, const TransposedEntries<S>& entries, S* panel, S* dpanel, S* rows, S* first_row,
-                   S* second_row, S* phase_row, S* dw, S* dbias, SlopeSums* sums) const {
+                   S* second_row, S* phase_row, S* room, S* dw, S* dbias, SlopeSums* sums) const {
     for (int64_t t0 = 0; t0 < s.T_out; t0 += plan.frames) {
       const int64_t frames = min64(plan.frames, s.T_out - t0), pixels = frames * s.V, whole = ceil_div(pixels, lanes<S>) * lanes<S>;
       if (t0) carry(panel);
-      pack_normed(plan, s, p, conv.z + n * conv.z_stride, conv.norm, t0, t0 ? carried : 0, panel);
+      pack_normed(plan, s, p, conv.z, conv.norm, n, t0, t0 ? carried : 0, room, panel);
       pack_dy(n, t0, dpanel);
       for (int64_t g = 0; g < p.rows; g++) {
         const int64_t live = live_rows(p, g), c = g * p.bo, e = p.row_ptr[g] * p.bi;
@@ -137,7 +152,7 @@ struct NormedBackward {
           for (int64_t j = 0; s.stride > 1 && begin + j * s.stride + q < end; j++)
             std::memcpy(second_row + (j * s.stride + q) * s.V, phase_row + j * s.V, s.V * sizeof(S));
         }
-        leave(n, i, begin, end, frames_of(panel + i * plan.ld, t0, begin, end, first_row), second_row, second_row, sums);
+        leave(n, i, begin, end, frames_of(panel + i * plan.ld, t0, begin, end, first_row), second_row, second_row, room, sums);
       }
     }
   }
@@ -163,9 +178,8 @@ struct NormedBackward {
   }
 
   // Input frames [begin, end) of channel i are complete: through the ReLU, and out.
-  void leave(int64_t n, int64_t i, int64_t begin, int64_t end, const S* h, const S* dh, S* row, SlopeSums* sums) const {
-    leave_slope(h, dh, conv.z + n * conv.z_stride + (i * s.T + begin) * s.V, conv.norm.mean[i], (end - begin) * s.V, row, sums[i],
-                conv.dz + n * conv.dz_stride + (i * s.T + begin) * s.V);
+  void leave(int64_t n, int64_t i, int64_t begin, int64_t end, const S* h, const S* dh, S* row, S* room, SlopeSums* sums) const {
+    leave_slope(conv.z, n, i, begin, end, h, dh, conv.norm.mean[i], row, room, sums[i]);
   }
   // Input frames [begin, end) of a panel's row in order, in `to` where they do not lie side by side.
   const S* frames_of(const S* row, int64_t t0, int64_t begin, int64_t end, S* to) const {

@@ -124,15 +124,16 @@ struct BlockGradients {
   bool identity;                     // the residual is x: dx includes its gradient
 };
 
-// A map of the channels of z (N, C, T, V) that are its own: y = f(relu(norm(z))), f a convolution or max-pooling over 3 frames.
-// Channels of z are T V numbers apart, strides are between samples.
+// A map of the channels of z (N, C, T, V) that are its own: y = f(relu(norm(z))), f a convolution or max-pooling over 3 frames; or
+// y = z, which then has y's frames. Channels of z are T V numbers apart, strides are between samples.
+enum BranchKind : int64_t { CONVOLVES, POOLS, PASSES };
 template <class S>
 struct Branch {
-  bool pools;  // of `conv` only I = O counts
-  Pattern conv;
+  int64_t kind;
+  Pattern conv;  // only I = O counts where it does not convolve
   int64_t dilation;
   const S *values, *bias;
-  int64_t first, target;  // its first channel in the norm and in y
+  int64_t first, target;  // its first channel in the norm, unless it passes, and in y
   const S* z;
   int64_t z_stride;
 };
@@ -141,6 +142,13 @@ struct BranchGradient {
   S* dz;
   int64_t dz_stride;
   S *values, *bias;  // bias may be nullptr
+};
+// The mean over joints goes through all branches as one more joint, and then y_v += coef_v y_V; coef == nullptr: there is none.
+// means (N, channels of y, T_out): y_V, written forward. dcoef (V): backward.
+template <class S>
+struct JointMean {
+  const S* coef;
+  S *means, *dcoef;
 };
 
 // The convolutions: A is what activations and their gradients are stored in; weights, their gradients and all sums are S.
@@ -233,11 +241,12 @@ struct Ops : Convolutions<S, S> {
   void (*block_backward)(const TemporalShape&, const Pattern& graph, const Adjacency&, const Pattern& temporal,
                          const BlockTensors<S>&, const BlockGradients<S>&, int threads);
 
-  // `channels` of y and dy, which are contiguous; dilation of the shape is not read. mean and rstd of the norm are given.
-  void (*branches_forward)(const TemporalShape&, int64_t count, const Branch<S>*, const BlockNorm<S>&, int64_t channels, S* y,
-                           int threads);
-  void (*branches_backward)(const TemporalShape&, int64_t count, const Branch<S>*, const BlockNorm<S>&, int64_t channels,
-                            const S* dy, const BranchGradient<S>*, S* dgamma, S* dbeta, int threads);
+  // `channels` of y and dy, which are contiguous; dilation of the shape is not read. mean, rstd and variance of the norm are
+  // written forward.
+  void (*branches_forward)(const TemporalShape&, int64_t count, const Branch<S>*, const BlockNorm<S>&, const JointMean<S>&,
+                           int64_t channels, S* y, int threads);
+  void (*branches_backward)(const TemporalShape&, int64_t count, const Branch<S>*, const BlockNorm<S>&, const JointMean<S>&,
+                            int64_t channels, const S* dy, const BranchGradient<S>*, S* dgamma, S* dbeta, int threads);
 };
 
 struct Table {

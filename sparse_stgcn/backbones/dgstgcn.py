@@ -1,6 +1,8 @@
 """DG-STGCN (Duan et al. 2022), as in PYSKL."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -47,6 +49,8 @@ class GroupGraphUnit(SharingUnit):
         """pre(x) times the graphs that are made of x1 and x2: (N, K C_mid, T, V)."""
         grouped = lambda y: y.unflatten(1, (self.subsets, -1))
         graphs = grouped(x1), grouped(x2), self.alpha[0], self.beta[0], self.A
+        conv: nn.Module
+        bn: Any
         conv, bn, relu = self.pre
         if all(map(unwatched, (self.pre, bn, relu))):
             z = conv(x)

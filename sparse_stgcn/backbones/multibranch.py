@@ -2,14 +2,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..joins import joined
 from ..kernels import again, append_mean, share, spans, split, spread_mean
-from ..layers import SparseConv2d, TemporalUnit, Units, normalise, normed, pointwise_unit, run_units
+from ..layers import SparseConv2d, TemporalUnit, Units, as_maps, normalise, normed, pointwise_unit, run_units
 
 __all__ = ["BranchedTemporal", "MixedTemporal"]
 
@@ -35,28 +35,45 @@ def _branch(spec: BranchSpec, in_channels: int, width: int, stride: int, norm: b
     return branch.append(TemporalUnit(width, width, kernel, stride, dilation, norm=norm))
 
 
-def _run_branches(branches: Any, xs: Sequence[Tensor]) -> tuple[list[Tensor], list[nn.Module]]:
-    """What the batch norms at the ends of the branches take, and these norms (Identity where a branch has none).
+class _Branches(NamedTuple):
+    """Branches, all but the last of which begin with a 1 x 1 convolution of stride 1, norm and ReLU, taken apart.
 
-    All branches but the last begin with a 1 x 1 convolution of stride 1, norm and ReLU: these run as one each, and in the
-    fine-tuning stage norm, ReLU and what follows them. xs: the input for each branch, see ``kernels.share``.
+    convs, norms: of these; modules: the convolution or pooling behind each; single: the convolution of the last branch; ends:
+    the batch norms at the ends of all branches (Identity where a branch has none).
     """
-    *wide, single = branches
-    convs, norms = [branch[0] for branch in wide], [branch[1] for branch in wide]
-    alike: Any = single[0] if isinstance(single, nn.Sequential) else single
-    if alike.stride == 1:
-        *narrow, last = joined([*convs, alike], xs)
-    else:
-        narrow, last = list(joined(convs, xs[:-1])), alike(xs[-1])
-    modules, ends = zip(*map(_behind_norm, wide), strict=True)
-    where = spans(conv.out_channels for conv in convs)
-    whole = normed(norms, narrow, modules)
-    if whole is not None:
-        return [*split(whole, where), last], [*ends, _end(single)]
-    hidden = normalise(norms, narrow, relu=True)
-    with again(hidden):  # it is made once for all branches
-        outputs = [run_units([module], y) for module, y in zip(modules, split(hidden, where), strict=True)]
-    return [*outputs, last], [*ends, _end(single)]
+
+    convs: list[Any]
+    norms: list[nn.Module]
+    modules: list[nn.Module]
+    single: Any
+    ends: list[nn.Module]
+
+    @classmethod
+    def of(cls, branches: Any) -> _Branches:
+        *wide, single = branches
+        modules, ends = zip(*map(_behind_norm, wide), strict=True)
+        last, end = single if isinstance(single, nn.Sequential) else (single, nn.Identity())
+        return cls([branch[0] for branch in wide], [branch[1] for branch in wide], list(modules), last, [*ends, end])
+
+    def begin(self, xs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The 1 x 1 convolutions, as one where they agree: what the norms take, and what the last branch gives.
+
+        xs: the input for each branch, see ``kernels.share``.
+        """
+        if self.single.stride == 1:
+            *narrow, last = joined([*self.convs, self.single], xs)
+            return narrow, last
+        return list(joined(self.convs, xs[:-1])), self.single(xs[-1])
+
+    def where(self) -> list[tuple[int, int]]:
+        """The channels of each but the last branch, one after the other."""
+        return spans(conv.out_channels for conv in self.convs)
+
+    def one_by_one(self, narrow: Sequence[Tensor]) -> list[Tensor]:
+        """Norm, ReLU and what follows them, of all branches but the last."""
+        hidden = normalise(self.norms, narrow, relu=True)
+        with again(hidden):  # it is made once for all branches
+            return [run_units([module], y) for module, y in zip(self.modules, split(hidden, self.where()), strict=True)]
 
 
 def _behind_norm(branch: Any) -> tuple[nn.Module, nn.Module]:
@@ -65,11 +82,6 @@ def _behind_norm(branch: Any) -> tuple[nn.Module, nn.Module]:
     if isinstance(module, TemporalUnit):
         return module.conv, module.bn
     return module, branch[4] if len(branch) > 4 else nn.Identity()
-
-
-def _end(single: Any) -> nn.Module:
-    """The batch norm at the end of the 1 x 1 branch."""
-    return single[1] if isinstance(single, nn.Sequential) else nn.Identity()
 
 
 class BranchedTemporal(nn.Module):
@@ -89,8 +101,11 @@ class BranchedTemporal(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """relu(unit(x) + residual)."""
-        xs, norms = _run_branches(self.branches, share(x, len(self.branches)))
-        return normalise(norms, xs, residual, relu, relu_before=True)
+        parts = _Branches.of(self.branches)
+        maps = as_maps(parts.norms, x, parts.modules)
+        narrow, last = parts.begin(share(x, len(self.branches)))
+        outputs = parts.one_by_one(narrow) if maps is None else split(normed(parts.norms, narrow, maps), parts.where())
+        return normalise(parts.ends, [*outputs, last], residual, relu, relu_before=True)
 
 
 class MixedTemporal(nn.Module):
@@ -119,7 +134,17 @@ class MixedTemporal(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """relu(unit(x) + residual)."""
-        joints, count = x.shape[3], len(self.branches)
-        outputs, _ = _run_branches(self.branches, append_mean(x, count) if self.joint_mean else share(x, count))
-        y = spread_mean(outputs, self.add_coeff[:joints]) if self.joint_mean else torch.cat(outputs, 1)
-        return normalise(self.bn, self.transform(y), residual, relu)
+        return normalise(self.bn, self.transform(self._mix(x)), residual, relu)
+
+    def _mix(self, x: Tensor) -> Tensor:
+        """The branches, concatenated: (N, I, T, V) -> (N, O, ceil(T / stride), V)."""
+        parts, count = _Branches.of(self.branches), len(self.branches)
+        coef = self.add_coeff[:x.shape[3]] if self.joint_mean else None
+        maps = as_maps(parts.norms, x, parts.modules)
+        if maps is not None:
+            # The mean over joints is taken behind the first convolutions, which commute with it.
+            narrow, last = parts.begin(share(x, count))
+            return normed(parts.norms, narrow, maps, [last], coef)
+        narrow, last = parts.begin(share(x, count) if coef is None else append_mean(x, count))
+        outputs = [*parts.one_by_one(narrow), last]
+        return torch.cat(outputs, 1) if coef is None else spread_mean(outputs, coef)

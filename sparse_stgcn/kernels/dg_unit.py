@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from . import _native
 from ._library import LIBRARY, implement
 from ._memory import empty
-from .branches import channels_apart, statistics
+from .branches import channels_apart
 from .dispatch import runs_natively, widened
 from .dynamic import addresses, check_dg, dg_aggregate, dg_sizes, like, new, strides
 from .norm import norm
@@ -87,11 +87,19 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, x1: Tensor, x2: Tensor, al
              ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y, mean, rstd, variance = outputs = _fake_forward(x, weight, bias, x1, x2, alpha, beta, A, eps)
     x, weight, bias, A = channels_apart(x), weight.contiguous(), bias.contiguous(), A.contiguous()
-    statistics(x, weight, bias, eps, mean, rstd, variance)
+    _statistics(x, weight, bias, eps, mean, rstd, variance)
     grouped = x.unflatten(1, x1.shape[1:3])
     _native.module.dg_forward(x.dtype == torch.float64, dg_sizes(grouped), addresses(grouped, x1, x2, alpha, beta, A, y),
-                              strides(grouped, x1, x2), addresses(weight, bias, mean, rstd), torch.get_num_threads())
+                              strides(grouped, x1, x2), [*addresses(weight, bias, mean, rstd), 0], torch.get_num_threads())
     return outputs
+
+
+def _statistics(x: Tensor, weight: Tensor, bias: Tensor, eps: float, mean: Tensor, rstd: Tensor, variance: Tensor) -> None:
+    """Writes mean, rstd and unbiased variance of x; the other vectors are not read, but have addresses."""
+    _native.module.norm_forward(  # no residual and no y: the statistics alone
+        x.dtype == torch.float64, [x.shape[0], x.shape[1], x.shape[2] * x.shape[3]],
+        [x.data_ptr(), 0, *addresses(weight, bias), 0, *addresses(mean, rstd, variance)],
+        [(x.stride(0), x.stride(1)), (0, 0), (0, 0)], eps, False, True, torch.get_num_threads())
 
 
 def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor,
@@ -100,12 +108,12 @@ def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, x1: Tens
 
 
 @implement("dg_unit_backward", _fake_backward)
-def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor, A: Tensor,
-              mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor,
+              A: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
     dx, dweight, dbias, *rest = gradients = new(x, weight, bias, x1, x2, alpha, beta, A)
     x, weight, bias, A = channels_apart(x), weight.contiguous(), bias.contiguous(), A.contiguous()
     grouped, given = x.unflatten(1, x1.shape[1:3]), dy.unflatten(1, x1.shape[1:3])
     _native.module.dg_backward(x.dtype == torch.float64, dg_sizes(grouped),
                                addresses(grouped, x1, x2, alpha, beta, A, given, dx, *rest), strides(grouped, x1, x2, given),
-                               addresses(weight, bias, mean, rstd, dweight, dbias), torch.get_num_threads())
+                               [*addresses(weight, bias, mean, rstd), 0, *addresses(dweight, dbias)], torch.get_num_threads())
     return gradients

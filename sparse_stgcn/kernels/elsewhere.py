@@ -41,7 +41,7 @@ def replaceable() -> Iterator[Stored]:
     def pack(tensor: Tensor) -> Any:
         if not stored.memory or tensor.data_ptr() != stored.memory:
             return tensor
-        stored.tensor = tensor
+        stored.tensor = tensor.detach()  # the result itself would refer to its op, and that to the result
         return stored
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.get() if isinstance(kept, Stored) else kept):
