@@ -1,8 +1,12 @@
 """The denominators of the benchmark: plausible, and refused for senseless arguments."""
 from __future__ import annotations
 
-import pytest
+import time
 
+import pytest
+import torch
+
+from sparse_stgcn.benchmark.measure import Candidate, paired
 from sparse_stgcn.kernels import _native
 
 pytestmark = pytest.mark.skipif(_native.module is None, reason="the native module is not built")
@@ -25,3 +29,18 @@ def test_copy_bandwidth_is_plausible_in_cache_and_memory():
 def test_senseless_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(_native.module)
+
+
+def test_runs_that_settle_are_not_timed_and_precede_each_that_is():
+    order = []
+
+    def candidate(name, seconds):
+        def run():
+            order.append(name)
+            time.sleep(seconds if order.count(name) % 2 else 0)  # the first of two is slow
+
+        return Candidate(name, run, lambda: torch.zeros(1))
+
+    timings = paired([candidate("a", 0.05), candidate("b", 0.05)], rounds=2, warmup=0, settle=1)
+    assert "".join(order) == "aabbbbaa"  # every round begins with another one
+    assert all(second < 0.04 for timing in timings.values() for second in timing.seconds)

@@ -58,8 +58,12 @@ class Timing:
         return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
-def paired(candidates: list[Candidate], rounds: int = 11, warmup: int = 2) -> dict[str, Timing]:
-    """Time all candidates in turn, round by round, so that a drift of the machine hits all of them alike."""
+def paired(candidates: list[Candidate], rounds: int = 11, warmup: int = 2, settle: int = 0) -> dict[str, Timing]:
+    """Time all candidates in turn, round by round, so that a drift of the machine hits all of them alike.
+
+    ``settle`` runs of the same candidate that are not timed come before each one that is: the caches then hold what it leaves
+    there itself, as in a loop of nothing else, and not what another one left.
+    """
     seconds: dict[str, list[float]] = {c.name: [] for c in candidates}
     for candidate in candidates:
         for _ in range(warmup):
@@ -68,6 +72,8 @@ def paired(candidates: list[Candidate], rounds: int = 11, warmup: int = 2) -> di
         shift = number % len(candidates)
         for candidate in candidates[shift:] + candidates[:shift]:
             time.sleep(REST)
+            for _ in range(settle):
+                candidate.run()
             begin = time.perf_counter()
             candidate.run()
             seconds[candidate.name].append(time.perf_counter() - begin)

@@ -111,6 +111,7 @@ def training(setting: Setting, patterns: list[Pattern], rounds: int, compile: bo
     """Forward, backward and SGD with momentum in train mode after ``compact``, against torch's dense step.
 
     Checked by the gradient of the classifier against float64; the multiply-adds of a step are three times those of inference.
+    Each timed step follows one of its own kind, as in training.
     With ``memory`` the peak of a step is measured too, each in a process of its own: of torch eager, and of ours at uniform
     density.
     """
@@ -133,7 +134,7 @@ def training(setting: Setting, patterns: list[Pattern], rounds: int, compile: bo
         untouched = copy.deepcopy(model)  # the timed one is trained
         entrants.append(Entrant(candidate(pattern.label, _step(model, x, label)), _later(_double_step, untouched, x, label),
                                 3 * kept, 3 * traffic, pattern.sparsity, pattern.block, pattern.density, peak(pattern)))
-    return compare("training step", setting.backbone, setting.batch, setting.threads, entrants, rounds, TOLERANCE)
+    return compare("training step", setting.backbone, setting.batch, setting.threads, entrants, rounds, TOLERANCE, settle=1)
 
 
 def warmup(setting: Setting, pattern: Pattern, rounds: int, compile: bool = True) -> list[Row]:
@@ -150,7 +151,7 @@ def warmup(setting: Setting, pattern: Pattern, rounds: int, compile: bool = True
                 for engine in _torch_steps(prepared(), x, label, compile, _torch_penalty)]
     entrants.append(Entrant(candidate(pattern.label, _step(prepared(), x, label, _penalty)), lambda: want, 3 * work[0],
                             3 * traffic, pattern.sparsity, pattern.block, pattern.density))
-    return compare("warm-up step", setting.backbone, setting.batch, setting.threads, entrants, rounds, TOLERANCE)
+    return compare("warm-up step", setting.backbone, setting.batch, setting.threads, entrants, rounds, TOLERANCE, settle=1)
 
 
 Penalty = Callable[[Recognizer], Callable[[], Tensor]]

@@ -33,15 +33,15 @@ class Entrant:
 
 
 def compare(what: str, subject: str, batch: int, threads: int, entrants: list[Entrant], rounds: int,
-            tolerance: float) -> list[Row]:
-    """Check every entrant, then time all of them in turn.
+            tolerance: float, settle: int = 0) -> list[Row]:
+    """Check every entrant, then time all of them in turn; ``settle``: see ``measure.paired``.
 
     Raises:
         WrongResult: an output differs from its reference by more than ``tolerance``: no row is made then.
     """
     errors = [check(f"{subject} {what}: {e.candidate.name}", e.candidate.output(), e.reference(), tolerance) for e in entrants]
     before = machine_peaks(threads)
-    timings = paired([e.candidate for e in entrants], rounds)
+    timings = paired([e.candidate for e in entrants], rounds, settle=settle)
     after = machine_peaks(threads)
     gflops, bytes_per_second = max(before[0], after[0]), max(before[1], after[1])
     best = min((timings[e.candidate.name] for e in entrants if e.sparsity is None), key=lambda timing: timing.median)
