@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Sequence
 from functools import reduce
 from operator import add
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,8 +101,8 @@ def sum_over_graphs(convs: Sequence[SparseConv2d], x: Tensor, graphs: Tensor) ->
         batch, channels, frames, joints = x.shape
         rows, parts = x.reshape(batch, -1, joints), zip(convs, graphs.unbind(1), strict=True)
         return reduce(add, (conv(torch.bmm(rows, graph).view(batch, channels, frames, joints)) for conv, graph in parts))
-    pattern, order = _stack(patterns)
-    values = torch.cat([conv.values for conv in convs])[order]  # type: ignore[misc]
+    pattern, order, inverse = _stack(patterns)
+    values = _Reordered.apply(torch.cat([conv.values for conv in convs]), order, inverse)  # type: ignore[misc]
     offset = None if convs[0].bias is None else torch.stack([conv.bias for conv in convs]).sum(0)  # type: ignore[misc]
     return graph_conv(x, values, pattern, graphs.to(x.dtype), offset=offset)
 
@@ -132,11 +133,24 @@ def _join(patterns: tuple[BlockPattern, ...]) -> BlockPattern | None:
     return together
 
 
-_stacks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # first pattern -> the others, their stack, and the order of its blocks
+class _Reordered(torch.autograd.Function):
+    """values[order], a permutation: its gradient is one too, where torch adds up what an index names, one after the other."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return values[order]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient[ctx.saved_tensors[0]], None, None
 
 
-def _stack(patterns: tuple[BlockPattern, ...]) -> tuple[BlockPattern, Tensor]:
-    """1 x 1 patterns (O, I, 1) as the taps of one (O, I, K), and where each of its blocks is among all of theirs."""
+_stacks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # first pattern -> the others, their stack, order and inverse
+
+
+def _stack(patterns: tuple[BlockPattern, ...]) -> tuple[BlockPattern, Tensor, Tensor]:
+    """1 x 1 patterns (O, I, 1) as the taps of one (O, I, K), where its blocks are among all of theirs, and the inverse."""
     kept = _stacks.get(patterns[0])
     if kept is not None and len(kept[0]) == len(patterns) - 1 and all(map(_is, kept[0], patterns[1:])):
         return kept[1]
@@ -149,5 +163,6 @@ def _stack(patterns: tuple[BlockPattern, ...]) -> tuple[BlockPattern, Tensor]:
         before += pattern.num_blocks
     with torch.inference_mode(False):  # what is kept must serve training too
         order = place[stack.rows, stack.input.long(), stack.tap.long()].clone()
-    _stacks[patterns[0]] = (tuple(map(weakref.ref, patterns[1:])), (stack, order))
-    return stack, order
+        inverse = order.argsort()
+    _stacks[patterns[0]] = (tuple(map(weakref.ref, patterns[1:])), (stack, order, inverse))
+    return stack, order, inverse

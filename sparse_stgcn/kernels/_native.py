@@ -68,6 +68,13 @@ def one_run(x: Tensor) -> Tensor:
     return x if (joints == 1 or x.stride(3) == 1) and (frames == 1 or x.stride(2) == joints) else x.contiguous()
 
 
+def channels_apart(x: Tensor) -> Tensor:
+    """x if its channels are T V numbers apart, as those of a slice are, otherwise a contiguous copy."""
+    pixels = x.shape[2] * x.shape[3]
+    x = one_run(x)
+    return x if x.shape[1] == 1 or x.stride(1) == pixels else x.contiguous()
+
+
 def plane(x: Tensor | None) -> tuple[int, tuple[int, int]]:
     """Address and strides of sample and channel; zeros for None."""
     return (0, (0, 0)) if x is None else (x.data_ptr(), (x.stride(0), x.stride(1)))

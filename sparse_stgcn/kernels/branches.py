@@ -168,13 +168,6 @@ LIBRARY.define("branches_backward(Tensor dy, Tensor[] xs, Tensor weight, Tensor 
                "Tensor(b!)[] gradients) -> ()")
 
 
-def channels_apart(x: Tensor) -> Tensor:
-    """x if its channels are T V numbers apart, as those of a slice are, otherwise a contiguous copy."""
-    pixels = x.shape[2] * x.shape[3]
-    x = _native.one_run(x)
-    return x if x.shape[1] == 1 or x.stride(1) == pixels else x.contiguous()
-
-
 def _arguments(xs: list[Tensor], values: list[Tensor], biases: Sequence[Tensor | None], index: list[Tensor], sizes: list[int],
                gradients: list[list[Tensor]]) -> tuple[list[list[int]], list[list[int]], int]:
     """Sizes and addresses as csrc/bindings.h takes them, and the channels of y. gradients: dx, dvalues, dbias of a branch."""
@@ -211,7 +204,7 @@ def _fake_forward(xs: list[Tensor], weight: Tensor, bias: Tensor, coef: Tensor |
 def _forward(xs: list[Tensor], weight: Tensor, bias: Tensor, coef: Tensor | None, values: list[Tensor], biases: list[Tensor],
              index: list[Tensor], sizes: list[int], stride: int, eps: float) -> list[Tensor]:
     outputs = y, mean, rstd, variance, means = _fake_forward(xs, weight, bias, coef, values, biases, index, sizes, stride, eps)
-    xs, weight, bias = [channels_apart(x) for x in xs], weight.contiguous(), bias.contiguous()
+    xs, weight, bias = [_native.channels_apart(x) for x in xs], weight.contiguous(), bias.contiguous()
     values, biases = [v.contiguous() for v in values], [b.contiguous() for b in biases]
     coef = None if coef is None else coef.contiguous()
     rows, addresses, channels = _arguments(xs, values, biases, index, sizes, [])
@@ -239,7 +232,7 @@ def _backward(dy: Tensor, xs: list[Tensor], weight: Tensor, bias: Tensor, coef: 
     for kind, dx in zip(sizes[::_SIZES], dxs, strict=True):
         sent.append([dx, of_convs[conv], of_convs[convs + conv]] if kind == _CONVOLVES else [dx])
         conv += kind == _CONVOLVES
-    dy, xs, weight, bias = dy.contiguous(), [channels_apart(x) for x in xs], weight.contiguous(), bias.contiguous()
+    dy, xs, weight, bias = dy.contiguous(), [_native.channels_apart(x) for x in xs], weight.contiguous(), bias.contiguous()
     values, coef = [v.contiguous() for v in values], None if coef is None else coef.contiguous()
     rows, addresses, channels = _arguments(xs, values, [None] * convs, index, sizes, sent)
     _native.module.branches_backward(

@@ -10,7 +10,6 @@ from torch.autograd.function import once_differentiable
 from . import _native
 from ._library import LIBRARY, implement
 from ._memory import empty
-from .branches import channels_apart
 from .dispatch import runs_natively, widened
 from .dynamic import addresses, check_dg, dg_aggregate, dg_sizes, like, new, strides
 from .norm import norm
@@ -86,7 +85,7 @@ def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor, x1: Tensor, x2: Tenso
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor, A: Tensor, eps: float
              ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y, mean, rstd, variance = outputs = _fake_forward(x, weight, bias, x1, x2, alpha, beta, A, eps)
-    x, weight, bias, A = channels_apart(x), weight.contiguous(), bias.contiguous(), A.contiguous()
+    x, weight, bias, A = _native.channels_apart(x), weight.contiguous(), bias.contiguous(), A.contiguous()
     _statistics(x, weight, bias, eps, mean, rstd, variance)
     grouped = x.unflatten(1, x1.shape[1:3])
     _native.module.dg_forward(x.dtype == torch.float64, dg_sizes(grouped), addresses(grouped, x1, x2, alpha, beta, A, y),
@@ -111,7 +110,7 @@ def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, x1: Tens
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor,
               A: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
     dx, dweight, dbias, *rest = gradients = new(x, weight, bias, x1, x2, alpha, beta, A)
-    x, weight, bias, A = channels_apart(x), weight.contiguous(), bias.contiguous(), A.contiguous()
+    x, weight, bias, A = _native.channels_apart(x), weight.contiguous(), bias.contiguous(), A.contiguous()
     grouped, given = x.unflatten(1, x1.shape[1:3]), dy.unflatten(1, x1.shape[1:3])
     _native.module.dg_backward(x.dtype == torch.float64, dg_sizes(grouped),
                                addresses(grouped, x1, x2, alpha, beta, A, given, dx, *rest), strides(grouped, x1, x2, given),
