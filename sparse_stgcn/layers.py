@@ -3,18 +3,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import BlockPattern, LiveConv, again, branches, graph_conv, graph_product, max_pool, norm, temporal_conv
+from .batch_norms import join_parameters, norm_fuses, normalise, track_all
+from .kernels import BlockPattern, LiveConv, again, branches, graph_conv, graph_product, max_pool, temporal_conv
 from .kernels.branches import Map, fuses
-from .kernels.dispatch import runs_natively, widened, widened_dtype
+from .kernels.dispatch import runs_natively, widened
 
-__all__ = ["Maps", "SparseConv2d", "TemporalUnit", "Units", "as_maps", "norm_fuses", "normalise", "normed", "pointwise_unit",
-           "run_units", "track", "unwatched"]
+__all__ = ["Maps", "SparseConv2d", "TemporalUnit", "Units", "as_maps", "normed", "pointwise_unit", "run_units", "unwatched"]
 
 
 class SparseConv2d(nn.Module):
@@ -218,44 +218,6 @@ def unwatched(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
-def normalise(bns: nn.Module | Sequence[nn.Module], xs: Tensor | Sequence[Tensor], residual: Tensor | None = None,
-              relu: bool = False, relu_before: bool = False, elsewhere: bool = False) -> Tensor:
-    """relu(cat(bn_i(x_i)) + residual): batch norms, residual and ReLU of a unit, (N, C_i, T, V) -> (N, sum C_i, T, V).
-
-    With ``relu_before`` there is also a ReLU between norm and residual. ``elsewhere``: see ``kernels.norm``.
-
-    In training mode on a CPU it is one pass, see ``kernels.norm``, with the running statistics of ``nn.BatchNorm2d``;
-    elsewhere PyTorch's own layers run one after the other.
-    """
-    norms = [bns] if isinstance(bns, nn.Module) else list(bns)
-    tensors = [xs] if isinstance(xs, Tensor) else list(xs)
-    if all(norm_fuses(bn, x) for bn, x in zip(norms, tensors, strict=True)) and len({bn.eps for bn in norms}) == 1:
-        return _fused(norms, tensors, residual, relu, relu_before, elsewhere)  # type: ignore[arg-type]
-    parts = [bn(x) for bn, x in zip(norms, tensors, strict=True)]
-    y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    y = F.relu(y) if relu_before else y
-    y = y if residual is None else y + residual
-    return F.relu(y) if relu else y
-
-
-def norm_fuses(bn: nn.Module, x: Tensor) -> bool:
-    """Whether ``kernels.norm`` can stand for ``bn`` on x."""
-    weight = bn.weight if type(bn) is nn.BatchNorm2d else None
-    if weight is None or not (bn.training or bn.running_mean is None) or x.numel() < 2 * x.shape[1]:
-        return False
-    if not x.is_cpu and torch.is_autocast_enabled(x.device.type):
-        return False
-    return weight.dtype == (dtype := widened_dtype(x)) and runs_natively("norm", x, dtype)
-
-
-def _fused(norms: list[nn.BatchNorm2d], xs: list[Tensor], residual: Tensor | None, relu: bool,
-           relu_before: bool, elsewhere: bool) -> Tensor:
-    xs, residual = [widened(x) for x in xs], None if residual is None else widened(residual)
-    y, mean, variance = norm(xs, *_joined_parameters(norms), norms[0].eps, residual, relu, relu_before, elsewhere)
-    _track_all(norms, mean, variance)
-    return y
-
-
 class Maps(NamedTuple):
     """What ``kernels.branches`` makes of its inputs, for all norms of one eps."""
 
@@ -297,32 +259,9 @@ def normed(norms: Sequence[nn.Module], xs: Sequence[Tensor], maps: Maps, passing
     own: list[nn.BatchNorm2d] = list(norms)  # type: ignore[arg-type]
     ways, inputs = list(maps.of), [widened(x) for x in (*xs, *passing)]
     ways.extend("pass" for _ in passing)
-    y, mean, variance = branches(inputs, *_joined_parameters(own), ways, maps.stride, maps.eps, coef)
-    _track_all(own, mean, variance)
+    y, mean, variance = branches(inputs, *join_parameters(own), ways, maps.stride, maps.eps, coef)
+    track_all(own, mean, variance)
     return y
-
-
-def _joined_parameters(norms: Sequence[nn.BatchNorm2d]) -> tuple[Tensor, Tensor]:
-    join = lambda tensors: tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-    return join([bn.weight for bn in norms]), join([bn.bias for bn in norms])
-
-
-def _track_all(norms: Sequence[nn.BatchNorm2d], mean: Tensor, variance: Tensor) -> None:
-    widths = [bn.num_features for bn in norms]
-    for bn, batch_mean, batch_variance in zip(norms, mean.split(widths), variance.split(widths), strict=True):
-        track(bn, batch_mean, batch_variance)
-
-
-def track(bn: nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tensor) -> None:
-    """Takes the mean and the unbiased variance of a batch into the running statistics, as ``nn.BatchNorm2d`` does."""
-    if bn.running_mean is None:
-        return
-    batches: Any = bn.num_batches_tracked
-    with torch.no_grad():
-        batches.add_(1)
-        momentum = 1 / int(batches) if bn.momentum is None else bn.momentum
-        bn.running_mean.lerp_(mean, momentum)
-        bn.running_var.lerp_(variance, momentum)
 
 
 class TemporalUnit(nn.Module):

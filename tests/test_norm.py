@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from sparse_stgcn.batch_norms import normalise
 from sparse_stgcn.kernels import _native, norm, reference
-from sparse_stgcn.layers import Units, normalise
+from sparse_stgcn.layers import Units
 from tests import forced_isa
 from tests.kernel_cases import STRIDES, normal, strided
 

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..batch_norms import normalise
 from ..joins import live_stack, stacked, sum_over_graphs
 from ..kernels import attend
 from ..kernels.aa_unit import aa_unit_graph
 from ..kernels.dispatch import runs_natively, widened
 from ..kernels.dynamic import aa_graph
-from ..layers import SparseConv2d, TemporalUnit, normalise, unwatched
+from ..layers import SparseConv2d, TemporalUnit, unwatched
 from ..skeleton import Skeleton
 from .base import Backbone, SharingUnit, graph_parameter, init_fan_out, shortcut
 

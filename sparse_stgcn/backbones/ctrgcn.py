@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batch_norms import normalise
 from ..joins import live_stack, stacked
 from ..kernels.ctr import ctr_aggregate_sum
 from ..kernels.ctr_unit import ctr_unit
-from ..layers import SparseConv2d, normalise
+from ..layers import SparseConv2d
 from ..skeleton import Skeleton
 from .base import Backbone, SharingUnit, graph_parameter, init_fan_out, shortcut
 from .multibranch import BranchedTemporal, MixedTemporal

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batch_norms import norm_fuses, normalise, track
 from ..kernels import again
 from ..kernels.dg_unit import dg_unit
 from ..kernels.dynamic import dg_aggregate
-from ..layers import SparseConv2d, norm_fuses, normalise, pointwise_unit, run_units, track, unwatched
+from ..layers import SparseConv2d, pointwise_unit, run_units, unwatched
 from ..skeleton import Skeleton
 from .base import Backbone, SharingUnit, graph_parameter, shortcut
 from .multibranch import MixedTemporal

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..batch_norms import normalise
 from ..joins import joined
 from ..kernels import again, append_mean, share, spans, split, spread_mean
-from ..layers import SparseConv2d, TemporalUnit, Units, as_maps, normalise, normed, pointwise_unit, run_units
+from ..layers import SparseConv2d, TemporalUnit, Units, as_maps, normed, pointwise_unit, run_units
 
 __all__ = ["BranchedTemporal", "MixedTemporal"]
 

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batch_norms import norm_fuses, normalise, track
 from ..kernels import share
 from ..kernels.stgcn_block import Normed, fuses, stgcn_block
-from ..layers import SparseConv2d, TemporalUnit, norm_fuses, normalise, track, unwatched
+from ..layers import SparseConv2d, TemporalUnit, unwatched
 from ..skeleton import Skeleton
 from .base import Backbone, Block, graph_parameter
 

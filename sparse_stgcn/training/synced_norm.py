@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..layers import track
+from ..batch_norms import track
 
 __all__ = ["SyncedBatchNorm1d", "SyncedBatchNorm2d", "synchronise"]
 
