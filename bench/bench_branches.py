@@ -1,4 +1,7 @@
-"""The branches of temporal units in training: one op against norm, ReLU, convolutions and pooling in dense PyTorch. 4 persons, V = 25."""
+"""The branches of temporal units in training: one op against norm, ReLU, convolutions and pooling in dense PyTorch.
+
+4 persons, V = 25.
+"""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -18,15 +21,17 @@ UNITS = {"ctr": [(5, 1), (5, 2)], "dg": [(3, 1), (3, 2), (3, 3), (3, 4)], "point
 
 
 def case(unit: str, channels: int, frames: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """The op on (xs, weight, bias, coef, values), as tensors one after the other. x lies on a grid, so that float32 and float64 agree
-    in every ReLU and maximum."""
+    """The op on (xs, weight, bias, coef, values), one after the other.
+
+    x lies on a grid, so that float32 and float64 agree in every ReLU and maximum.
+    """
     generator = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(shape, generator=generator)
     convs = UNITS[unit]
     width = channels if unit == "point" else channels // (len(convs) + 2) // 8 * 8
     others: list[Map] = {"ctr": ["max"], "dg": ["max", "pass"], "point": []}[unit]
-    patterns = [BlockPattern.from_blocks(torch.rand(width // 8, width, taps, generator=generator) < KEPT, (width, width, taps), (8, 1))
-                for taps, _ in convs]
+    live = lambda taps: torch.rand(width // 8, width, taps, generator=generator) < KEPT
+    patterns = [BlockPattern.from_blocks(live(taps), (width, width, taps), (8, 1)) for taps, _ in convs]
     xs = [(4 * normal(N, width, frames, V)).round() / 4 for _ in (*convs, *others)]
     normed = width * sum(way != "pass" for way in (*convs, *others))
 

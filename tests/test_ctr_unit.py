@@ -105,16 +105,7 @@ def test_gradcheck() -> None:
 @native
 @pytest.mark.parametrize("case", ["ntu", "one_pixel", "more_samples_than_ranges"])
 def test_bit_equal_over_runs_and_threads(case: str) -> None:
-    given, *patterns = arguments(case, torch.float32)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 7, 2):
-            torch.set_num_threads(threads)
-            results.append(run(given, *patterns, gradient(case, torch.float32)))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    unit_cases.bit_equal_over_threads(sys.modules[__name__], case)
 
 
 @native

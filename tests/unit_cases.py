@@ -1,4 +1,4 @@
-"""What the tests of the units with rows made on the way share: test_ctr_unit.py and test_aa_unit.py."""
+"""What the tests of ops with rows made on the way share: test_{aa,ctr,dg}_unit.py and test_branches.py."""
 from __future__ import annotations
 
 import copy
@@ -41,6 +41,20 @@ def against_the_reference(tests: ModuleType, case: str, **form: bool) -> None:
             assert a.dtype == dtype
             scale = max(1.0, e.abs().max().item()) if e.numel() else 1.0
             torch.testing.assert_close(a.double(), e, rtol=0, atol=tolerance * scale, msg=lambda m, i=index: f"result {i}: {m}")
+
+
+def bit_equal_over_threads(tests: ModuleType, case: str) -> None:
+    """Result and gradients of a case in float32, run by run and for any number of threads."""
+    given, *patterns = tests.arguments(case, torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7, 2):
+            torch.set_num_threads(threads)
+            results.append(tests.run(given, *patterns, tests.gradient(case, torch.float32)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def trains_alike(unit: nn.Module, x: Tensor, watched: str, backbone: ModuleType, calls: list, wanted: int,

@@ -237,8 +237,9 @@ void branches_backward(const TemporalShape& shape, int64_t count, const Branch<S
     const Pattern& p = branch.conv;
     const Way& way = ways[b];
     SlopeSums* own = branch.kind == PASSES ? nullptr : sums.of(chunk) + branch.first;
-    S *dw = way.partial + chunk * way.size, *dbias = way.partial_bias + chunk * p.O;
+    S *dw = nullptr, *dbias = nullptr;
     if (branch.kind == CONVOLVES) {
+      dw = way.partial + chunk * way.size, dbias = way.partial_bias + chunk * p.O;
       std::memset(dw, 0, way.size * sizeof(S));
       std::memset(dbias, 0, p.O * sizeof(S));
     }
