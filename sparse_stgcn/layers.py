@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .batch_norms import join_parameters, norm_fuses, normalise, track_all
 from .kernels import BlockPattern, LiveConv, again, branches, graph_conv, graph_product, max_pool, temporal_conv
 from .kernels.branches import Map, fuses
-from .kernels.dispatch import runs_natively, widened
+from .kernels.dispatch import runs_natively, widened, widened_dtype
 
 __all__ = ["Maps", "SparseConv2d", "TemporalUnit", "Units", "as_maps", "normed", "pointwise_unit", "run_units", "unwatched"]
 
@@ -248,7 +248,7 @@ def as_maps(norms: Sequence[nn.Module], x: Tensor, modules: Sequence[nn.Module])
         else:
             return None
     eps: set[float] = {bn.eps for bn in norms}  # type: ignore[misc]
-    if len(eps) > 1 or len(strides) > 1 or not fuses(widened(x), maps, min(strides)):
+    if len(eps) > 1 or len(strides) > 1 or not fuses(x, maps, min(strides), widened_dtype(x)):
         return None
     return Maps(maps, min(strides), min(eps))
 

@@ -113,10 +113,10 @@ def _check(xs: list[Tensor], weight: Tensor, bias: Tensor, maps: list[Map], stri
         raise ValueError(f"Expected at least two values per channel, to have a variance. Got x of shape {tuple(first.shape)}.")
 
 
-def fuses(x: Tensor, maps: Sequence[Map], stride: int) -> bool:
-    """Whether one op stands for all: natively, in float32 or float64, and no stride without taps."""
-    ops = ("norm", "temporal_conv", "max_pool", "append_mean", "spread_mean")
-    return (x.dtype in (torch.float32, torch.float64) and all(runs_natively(op, x) for op in ops)
+def fuses(x: Tensor, maps: Sequence[Map], stride: int, dtype: torch.dtype | None = None) -> bool:
+    """Whether one op stands for all, on x in this dtype: natively, in float32 or float64, and no stride without taps."""
+    ops, dtype = ("norm", "temporal_conv", "max_pool", "append_mean", "spread_mean"), x.dtype if dtype is None else dtype
+    return (dtype in (torch.float32, torch.float64) and all(runs_natively(op, x, dtype) for op in ops)
             and (stride == 1 or all(isinstance(way, str) or way.pattern.shape[2] > 1 for way in maps)))
 
 
