@@ -76,7 +76,7 @@ BlockGradients<S> block_gradients(const Addresses& t, bool identity) {
           out(7),         out(8), out(9), out(10), out(11), out(12), identity};
 }
 
-// Weight, bias, mean, rstd and variance of a norm, the last one 0 where mean and rstd are given. Empty: no norm.
+// Weight, bias, mean, rstd and variance of a norm, the last one 0 in a backward pass. Empty: no norm.
 template <class S>
 BlockNorm<S> norm_of(const Addresses& t, double eps = 0) {
   if (t.empty()) return {nullptr, nullptr, nullptr, nullptr, nullptr, 0};

@@ -66,10 +66,10 @@ void bind_aggregations(py::module_& m) {
     });
   });
   m.def("dg_forward", [](bool is_double, const Sizes& shape, const Addresses& t, const Strides& stride, const Addresses& norm,
-                         int threads) {
+                         double eps, int threads) {
     typed(is_double, [&](auto& ops, auto s) {
       using S = decltype(s);
-      ops.dg_forward(dynamic_shape(shape), group_view<const S>(t[0], stride[0]), norm_of<S>(norm), view<S>(t[1], stride[1]),
+      ops.dg_forward(dynamic_shape(shape), group_view<const S>(t[0], stride[0]), norm_of<S>(norm, eps), view<S>(t[1], stride[1]),
                      view<S>(t[2], stride[2]), (const S*)t[3], (const S*)t[4], (const S*)t[5], (S*)t[6], threads);
     });
   });

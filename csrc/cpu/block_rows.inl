@@ -162,6 +162,20 @@ struct Channels {
   }
 };
 
+// mean, rstd and variance of C channels of N samples, a few side by side as norm_group says.
+template <class S>
+void take_moments(int64_t N, int64_t C, const Channels<S>& z, const BlockNorm<S>& norm, int threads) {
+  const NormShape s{N, C, z.T * z.joints()};
+  const int64_t group = norm_group<S>(s, 1, threads);
+  parallel(ceil_div(C, group), threads, [&](int64_t task) {
+    task_scratch.reserve(Scratch::room<Moments<S>>(group) + z.room());
+    Moments<S>* moments = task_scratch.take<Moments<S>>(group);
+    S* room = z.take_room(task_scratch);
+    batch_moments(s, task * group, min64(C, (task + 1) * group), norm.eps, norm.mean, norm.rstd, norm.variance, moments,
+                  [&](int64_t n, int64_t c) { return z.row(n, c, 0, z.T, room); });
+  });
+}
+
 // A temporal panel whose rows go through relu(bn(z)) as they are packed, for output frames [t0, t0 + count) of sample n: frames
 // [from, plane_frames) of every plane. room: see Channels.
 template <class S>

@@ -4,7 +4,7 @@
 // gradient needs (normed_backward.inl), then dz from it in its place.
 // With a joint mean (DG-STGCN) every frame of z gets its mean as one more joint as it is read, and y_v += coef_v y_V as y leaves;
 // neither side exists in memory with that joint.
-// A task is a branch of a sample: its channels with their frames stay in L2. Reference: kernels/reference_units.py.
+// A task is a branch of a sample: its channels with their frames stay in L2. Reference: the ops one by one, in kernels/branches.py.
 
 template <class S>
 BlockNorm<S> norm_from(const BlockNorm<S>& norm, int64_t c) {
@@ -39,32 +39,12 @@ struct BranchOutput {
   }
 };
 
-// mean, rstd and variance of the channels of all branches, a few side by side as norm_group says.
-template <class S>
-void branch_moments(const TemporalShape& shape, int64_t count, const Branch<S>* branches, const BlockNorm<S>& norm,
-                    const JointMean<S>& joint, int threads) {
-  for (int64_t b = 0; b < count; b++) {
-    if (branches[b].kind == PASSES) continue;
-    const Channels<S> z = channels_of(shape, branches[b], {}, joint);
-    const BlockNorm<S> own = norm_from(norm, branches[b].first);
-    const int64_t C = branches[b].conv.I, group = norm_group<S>({shape.N, C, z.T * z.joints()}, 1, threads);
-    parallel(ceil_div(C, group), threads, [&](int64_t task) {
-      const int64_t begin = task * group, end = min64(C, begin + group);
-      task_scratch.reserve(Scratch::room<Moments<S>>(group) + z.room());
-      Moments<S>* moments = task_scratch.take<Moments<S>>(group);
-      S* room = z.take_room(task_scratch);
-      for (int64_t c = begin; c < end; c++) moments[c - begin] = Moments<S>();
-      for (int64_t n = 0; n < shape.N; n++)
-        for (int64_t c = begin; c < end; c++) moments[c - begin].add(z.row(n, c, 0, z.T, room), z.T * z.joints());
-      for (int64_t c = begin; c < end; c++) moments[c - begin].finish(norm.eps, own.mean[c], own.rstd[c], own.variance[c]);
-    });
-  }
-}
-
 template <class S>
 void branches_forward(const TemporalShape& shape, int64_t count, const Branch<S>* branches, const BlockNorm<S>& norm,
                       const JointMean<S>& joint, int64_t channels, S* y, int threads) {
-  branch_moments(shape, count, branches, norm, joint, threads);
+  for (int64_t b = 0; b < count; b++)
+    if (branches[b].kind != PASSES)
+      take_moments(shape.N, branches[b].conv.I, channels_of(shape, branches[b], {}, joint), norm_from(norm, branches[b].first), threads);
   const int64_t V = shape.V + (joint.coef != nullptr);
   const bool streams = is_streamed<S>(shape.N * channels * shape.T_out * shape.V);
   struct Way {
@@ -140,7 +120,7 @@ void branches_forward(const TemporalShape& shape, int64_t count, const Branch<S>
 // Rows of dy of a branch as f's gradient takes them: with a joint mean dy_V = sum over v of dy_v coef_v.
 template <class S>
 struct BranchRows {
-  const JointMean<S>& joint;
+  JointMean<S> joint;
   const S* dy;  // of the branch's first channel
   int64_t stride, T, V;
 
@@ -186,13 +166,10 @@ void branches_backward(const TemporalShape& shape, int64_t count, const Branch<S
                        const JointMean<S>& joint, int64_t channels, const S* dy, const BranchGradient<S>* gradients, S* dgamma,
                        S* dbeta, int threads) {
   const int64_t V = shape.V, ldy = shape.T_out * V, chunks = min64(max_chunks, max64(shape.N, 1));
-  using Pass = NormedBackward<S, BranchRows<S>>;
-  // Each branch's tables and partial sums. `pass` refers to the two before it: they have to stay where they are.
-  struct Way {
-    std::unique_ptr<NormedConv<S>> conv;
-    std::unique_ptr<BranchRows<S>> rows;
-    std::unique_ptr<Pass> pass;
-    std::unique_ptr<TransposedEntries<S>> transposed;
+  struct Way {  // a branch's tables and partial sums
+    std::optional<NormedBackward<S, BranchRows<S>>> pass;
+    std::optional<TransposedEntries<S>> transposed;
+    BranchRows<S> rows;
     Channels<S> z;
     int32_t* offset;
     S *partial, *partial_bias;
@@ -219,15 +196,13 @@ void branches_backward(const TemporalShape& shape, int64_t count, const Branch<S
     const Pattern& p = branch.conv;
     Way& way = ways[b];
     way.z = channels_of(shape, branch, gradients[b], joint);
-    way.rows.reset(new BranchRows<S>{joint, dy + branch.target * ldy, channels * ldy, shape.T_out, V});
+    way.rows = {joint, dy + branch.target * ldy, channels * ldy, shape.T_out, V};
     if (branch.kind != CONVOLVES) continue;
     const TemporalShape s = shape_of(shape, branch, joint);
-    way.conv.reset(new NormedConv<S>{s, p, branch.values, norm_from(norm, branch.first), way.z});
-    way.pass = std::make_unique<Pass>(*way.conv, *way.rows);
+    way.pass.emplace(NormedConv<S>{s, p, branch.values, norm_from(norm, branch.first), way.z}, way.rows);
     way.offset = call_scratch.take<int32_t>(p.blocks * p.bi);
     way.pass->plan.offsets(s, p, way.offset);
-    way.transposed = std::make_unique<TransposedEntries<S>>(p, way.pass->gathers ? s.stride : 0, branch.values, way.pass->dy_ld(),
-                                                            way.pass->shift(), call_scratch);
+    way.transposed.emplace(p, way.pass->gathers ? s.stride : 0, branch.values, way.pass->dy_ld(), way.pass->shift(), call_scratch);
     way.partial = call_scratch.take<S>(chunks * way.size);
     way.partial_bias = call_scratch.take<S>(chunks * p.O);
   }
@@ -245,9 +220,9 @@ void branches_backward(const TemporalShape& shape, int64_t count, const Branch<S
     }
     for (int64_t n = begin; n < end; n++) {
       for (int64_t o = 0; joint.coef && o < p.O; o++)
-        spread_sums(way.rows->at(n, o, 0), joint.means + (n * channels + branch.target + o) * shape.T_out, shape.T_out, V, dcoef + task * V);
+        spread_sums(way.rows.at(n, o, 0), joint.means + (n * channels + branch.target + o) * shape.T_out, shape.T_out, V, dcoef + task * V);
       if (branch.kind != CONVOLVES) {
-        unconvolved_backward(shape, branch, way.z, norm, *way.rows, n, own);
+        unconvolved_backward(shape, branch, way.z, norm, way.rows, n, own);
         continue;
       }
       task_scratch.reserve(way.pass->room());
@@ -268,8 +243,6 @@ void branches_backward(const TemporalShape& shape, int64_t count, const Branch<S
     for (int64_t part = 0; part < chunks * count; part++) sum += dcoef[part * V + v];
     joint.dcoef[v] = (S)sum;
   }
-  parallel(shape.N * count, threads, [&](int64_t task) {
-    const int64_t n = task / count, b = task % count;
-    if (branches[b].kind != PASSES) apply_slopes(slope + branches[b].first, branches[b].conv.I, ways[b].z, n);
-  });
+  for (int64_t b = 0; b < count; b++)
+    if (branches[b].kind != PASSES) apply_slopes(shape.N, branches[b].conv.I, slope + branches[b].first, ways[b].z, threads);
 }

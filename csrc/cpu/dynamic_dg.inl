@@ -61,6 +61,7 @@ void dg_forward(const DynamicShape& s, GroupView<const S> x, const BlockNorm<S>&
                 const S* alpha, const S* beta, const S* A, S* y, int threads) {
   const Joints<S> j(s.V);
   const bool streams = is_streamed<S>(s.N * s.K * s.C * s.T * s.V);
+  if (norm.gamma) take_moments<S>(s.N, s.K * s.C, {x.data, x.stride[0], nullptr, 0, s.T, s.V, false}, norm, threads);
   parallel(s.N * s.K, threads, [&](int64_t task) {
     const FlushDenormals flush;
     const int64_t n = task / s.K, k = task % s.K;
@@ -209,5 +210,5 @@ void dg_backward(const DynamicShape& s, GroupView<const S> x, const BlockNorm<S>
   }
   if (!norm.gamma) return;
   finish_slopes(sums, norm, (double)s.N * (double)pixels, slope, dgamma, dshift);
-  parallel(s.N, threads, [&](int64_t n) { apply_slopes(slope, channels, z, n); });
+  apply_slopes(s.N, channels, slope, z, threads);
 }

@@ -151,7 +151,17 @@ INLINE int64_t norm_group(const NormShape& s, int64_t tensors, int threads) {
   return max64(1, min64(min64(ceil_div(16 << 10, run), (1 << 20) / all), s.C / (4 * max64(threads, 1))));
 }
 
-// Without `variance`, mean and rstd are given; without y they are all that is made.
+// mean, rstd and variance of channels [begin, end), of whose rows row(n, c) gives each; moments: room for end - begin.
+template <class S, class F>
+INLINE void batch_moments(const NormShape& s, int64_t begin, int64_t end, double eps, S* mean, S* rstd, S* variance, Moments<S>* moments,
+                          F row) {
+  for (int64_t c = begin; c < end; c++) moments[c - begin] = Moments<S>();
+  for (int64_t n = 0; n < s.N; n++)
+    for (int64_t c = begin; c < end; c++) moments[c - begin].add(row(n, c), s.P);
+  for (int64_t c = begin; c < end; c++) moments[c - begin].finish(eps, mean[c], rstd[c], variance[c]);
+}
+
+// Without `variance`, mean and rstd are given.
 template <class S>
 void norm_forward(const NormShape& s, View<const S> x, View<const S> residual, const S* gamma, const S* beta, double eps,
                   bool open, bool relu, View<S> y, S* mean, S* rstd, S* variance, int threads) {
@@ -161,13 +171,9 @@ void norm_forward(const NormShape& s, View<const S> x, View<const S> residual, c
     const int64_t begin = task * group, end = min64(s.C, begin + group);
     if (variance) {
       task_scratch.reserve(Scratch::room<Moments<S>>(group));
-      Moments<S>* moments = task_scratch.take<Moments<S>>(group);
-      for (int64_t c = begin; c < end; c++) moments[c - begin] = Moments<S>();
-      for (int64_t n = 0; n < s.N; n++)
-        for (int64_t c = begin; c < end; c++) moments[c - begin].add(x.data + n * x.stride[0] + c * x.stride[1], s.P);
-      for (int64_t c = begin; c < end; c++) moments[c - begin].finish(eps, mean[c], rstd[c], variance[c]);
+      batch_moments(s, begin, end, eps, mean, rstd, variance, task_scratch.take<Moments<S>>(group),
+                    [&](int64_t n, int64_t c) { return x.data + n * x.stride[0] + c * x.stride[1]; });
     }
-    if (!y.data) return;
     auto normalise = [&](int64_t n, int64_t c) __attribute__((always_inline)) {
       const Affine<S> affine(gamma[c] * rstd[c], beta[c], mean[c]);
       const S* from = x.data + n * x.stride[0] + c * x.stride[1];

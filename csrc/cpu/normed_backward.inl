@@ -23,28 +23,31 @@ INLINE void leave_slope(const Channels<S>& z, int64_t n, int64_t i, int64_t begi
   z.leave(n, i, begin, end, row, room);
 }
 
-// dz of one sample from dz' in its place. Where means are folded, dz_v + dz_V / V is the same formula for z_v + z_V / V, of which
+// dz of C channels of N samples from dz' in its place. Where means are folded, dz_v + dz_V / V is the same formula for z_v + z_V / V, of which
 // mean and of_sum count 1 + 1 / V times.
 template <class S>
-void apply_slopes(const NormSlope<S>* slope, int64_t channels, const Channels<S>& z, int64_t n) {
-  const int64_t pixels = z.T * z.V;
-  task_scratch.reserve(z.room() + Scratch::room<S>(z.mean ? pixels : 0));
-  S* room = z.take_room(task_scratch);
-  S* folded = task_scratch.take<S>(z.mean ? pixels : 0);
-  for (int64_t c = 0; c < channels; c++) {
-    NormSlope<S> own = slope[c];
-    const S* row = z.row(n, c, 0, z.T, room);
-    if (z.mean) {
-      const S often = (S)(1 + 1 / (double)z.V);
-      own.mean *= often, own.of_sum *= often;
-      fold_mean_frames(row, z.T, z.V, folded);
-      row = folded;
+void apply_slopes(int64_t N, int64_t C, const NormSlope<S>* slope, const Channels<S>& z, int threads) {
+  const int64_t pixels = z.T * z.V, pieces = 4;  // of a sample, so that one sample is work for several threads
+  parallel(N * pieces, threads, [&](int64_t task) {
+    const int64_t n = task / pieces, piece = task % pieces;
+    task_scratch.reserve(z.room() + Scratch::room<S>(z.mean ? pixels : 0));
+    S* room = z.take_room(task_scratch);
+    S* folded = task_scratch.take<S>(z.mean ? pixels : 0);
+    for (int64_t c = piece * C / pieces; c < (piece + 1) * C / pieces; c++) {
+      NormSlope<S> own = slope[c];
+      const S* row = z.row(n, c, 0, z.T, room);
+      if (z.mean) {
+        const S often = (S)(1 + 1 / (double)z.V);
+        own.mean *= often, own.of_sum *= often;
+        fold_mean_frames(row, z.T, z.V, folded);
+        row = folded;
+      }
+      S* dz = z.dz + n * z.dz_stride + c * pixels;
+      const auto gradient = own.gradient();
+      stream_pixels(dz, pixels, [&](auto read) __attribute__((always_inline)) { return gradient(read(dz), read(row)); });
     }
-    S* dz = z.dz + n * z.dz_stride + c * pixels;
-    const auto gradient = own.gradient();
-    stream_pixels(dz, pixels, [&](auto read) __attribute__((always_inline)) { return gradient(read(dz), read(row)); });
-  }
-  end_stream();
+    end_stream();
+  });
 }
 
 // A sample at a time, tile by tile of output frames. The panels of relu(bn1(z)) and of its gradient hold the frames that the
@@ -54,11 +57,11 @@ void apply_slopes(const NormSlope<S>* slope, int64_t channels, const Channels<S>
 // ahead(Ahead, n, first channel, channels, first pixel, pixels), which names what pack will read.
 template <class S, class Upper>
 struct NormedBackward {
-  const NormedConv<S>& conv;
-  const Upper& upper;
-  const TemporalShape& s;
-  const Pattern& p;
-  const bool gathers;
+  NormedConv<S> conv;
+  Upper upper;
+  TemporalShape s;
+  Pattern p;
+  bool gathers;
   TemporalPlan plan;
   int64_t carried, ldy, lead, held;  // lead: frames of dy before the tile, held: with those behind it
 

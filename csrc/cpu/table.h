@@ -205,7 +205,7 @@ struct Ops : Convolutions<S, S> {
   void (*ctr_backward)(const DynamicShape&, const Pattern* of_subsets, GroupView<const S> x12, const Wide<S>& x3,
                        const S* weight, const S* bias, const S* alpha, const S* A, View<const S> dy, S* dx12,
                        const WideGradient<S>& dx3, S* dweight, S* dbias, S* dalpha, S* dA, int threads);
-  // With a norm (mean and rstd given) relu(norm(x)) takes the place of x; gamma == nullptr: there is none.
+  // With a norm relu(norm(x)) takes the place of x, and mean, rstd and variance are written forward; gamma == nullptr: there is none.
   void (*dg_forward)(const DynamicShape&, GroupView<const S> x, const BlockNorm<S>&, View<const S> x1, View<const S> x2,
                      const S* alpha, const S* beta, const S* A, S* y, int threads);
   void (*dg_backward)(const DynamicShape&, GroupView<const S> x, const BlockNorm<S>&, View<const S> x1, View<const S> x2,

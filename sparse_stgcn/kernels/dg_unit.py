@@ -86,19 +86,11 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, x1: Tensor, x2: Tensor, al
              ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y, mean, rstd, variance = outputs = _fake_forward(x, weight, bias, x1, x2, alpha, beta, A, eps)
     x, weight, bias, A = _native.channels_apart(x), weight.contiguous(), bias.contiguous(), A.contiguous()
-    _statistics(x, weight, bias, eps, mean, rstd, variance)
     grouped = x.unflatten(1, x1.shape[1:3])
     _native.module.dg_forward(x.dtype == torch.float64, dg_sizes(grouped), addresses(grouped, x1, x2, alpha, beta, A, y),
-                              strides(grouped, x1, x2), [*addresses(weight, bias, mean, rstd), 0], torch.get_num_threads())
+                              strides(grouped, x1, x2), addresses(weight, bias, mean, rstd, variance), eps,
+                              torch.get_num_threads())
     return outputs
-
-
-def _statistics(x: Tensor, weight: Tensor, bias: Tensor, eps: float, mean: Tensor, rstd: Tensor, variance: Tensor) -> None:
-    """Writes mean, rstd and unbiased variance of x; the other vectors are not read, but have addresses."""
-    _native.module.norm_forward(  # no residual and no y: the statistics alone
-        x.dtype == torch.float64, [x.shape[0], x.shape[1], x.shape[2] * x.shape[3]],
-        [x.data_ptr(), 0, *addresses(weight, bias), 0, *addresses(mean, rstd, variance)],
-        [(x.stride(0), x.stride(1)), (0, 0), (0, 0)], eps, False, True, torch.get_num_threads())
 
 
 def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor,
