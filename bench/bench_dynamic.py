@@ -12,10 +12,11 @@ from sparse_stgcn.kernels import BlockPattern, reference, reference_dynamic
 from sparse_stgcn.kernels.aa_unit import aa_unit_graph
 from sparse_stgcn.kernels.ctr import ctr_aggregate
 from sparse_stgcn.kernels.ctr_unit import ctr_unit
+from sparse_stgcn.kernels.dg_unit import dg_unit
 from sparse_stgcn.kernels.dynamic import aa_graph, dg_aggregate
 
 SHAPES = [(64, 100), (128, 50), (256, 25)]
-OPS = ["aa", "aa_unit", "ctr", "ctr_sparse", "ctr_unit", "dg"]
+OPS = ["aa", "aa_unit", "ctr", "ctr_sparse", "ctr_unit", "dg", "dg_unit"]
 N, V, K = 4, 25, 8
 
 
@@ -29,11 +30,18 @@ def case(op: str, channels: int, frames: int) -> tuple[Callable[..., Tensor], Ca
     if op == "aa":
         embedded = normal(N, 2, 3, channels // 4, frames, V)
         return aa_graph, reference_dynamic.aa_graph, [embedded, alpha, normal(3, V, V) / 5]
-    if op == "dg":
+    if op in ("dg", "dg_unit"):
         inner = channels // K
-        x1, x2 = normal(N, K, inner, V), normal(N, K, inner, V)
-        arguments = [x.unflatten(1, (K, inner)), x1, x2, alpha, alpha / 2, normal(K, V, V) / 5]
-        return dg_aggregate, reference_dynamic.dg_aggregate, arguments
+        graphs = [normal(N, K, inner, V), normal(N, K, inner, V), alpha, alpha / 2, normal(K, V, V) / 5]
+        if op == "dg":
+            return dg_aggregate, reference_dynamic.dg_aggregate, [x.unflatten(1, (K, inner)), *graphs]
+
+        def plain(x, weight, bias, *graphs):
+            h, _, _ = reference.norm([x], weight, bias, relu=True)
+            return reference_dynamic.dg_aggregate(h.unflatten(1, (K, inner)), *graphs).flatten(1, 2)
+
+        # On a grid, so that float32 and float64 agree in every ReLU.
+        return lambda *given: dg_unit(*given)[0], plain, [(4 * x).round() / 4, normal(channels), normal(channels), *graphs]
     if op.endswith("unit"):
         return unit(op, channels, x, alpha, normal, generator)
     rank = channels // 8

@@ -119,9 +119,7 @@ def test_matches_the_reference(case: str, bias: bool) -> None:
 @pytest.mark.parametrize("kind", STRIDES)
 @pytest.mark.parametrize("dy_kind", STRIDES)
 def test_any_strides(kind: str, dy_kind: str) -> None:
-    plain = run(*arguments("ctr_stride"), gradient("ctr_stride"))
-    for a, b in zip(run(*arguments("ctr_stride", kind=kind), gradient("ctr_stride", kind=dy_kind)), plain, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    unit_cases.any_strides(sys.modules[__name__], "ctr_stride", kind, dy_kind)
 
 
 @native
@@ -289,7 +287,7 @@ def test_temporal_units_take_it_in_training(backbone: str, ops: int, level: floa
 
 
 @native
-@pytest.mark.parametrize("change", ["eval", "momentum", "dense", "float16", "no_norm", "subclass"])
+@pytest.mark.parametrize("change", ["eval", "momentum", "dense", "bfloat16", "no_norm", "subclass"])
 def test_units_that_are_not_one_op_run_one_by_one(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = counted(monkeypatch)
     conv, bn = SparseConv2d(8, 8), nn.BatchNorm2d(8)
@@ -308,12 +306,13 @@ def test_units_that_are_not_one_op_run_one_by_one(change: str, monkeypatch: pyte
     if change == "subclass":
         unit[0] = type("Other", (nn.BatchNorm2d,), {})(8)
     x = normal(2, 8, 5, 4, seed=1)
-    unit, x = (unit.bfloat16(), x.bfloat16()) if change == "float16" else (unit, x)
+    unit, x = (unit.bfloat16(), x.bfloat16()) if change == "bfloat16" else (unit, x)
     del made[:]
     y = unit(x)
     assert len(made) == (change == "momentum")
     plain = conv(unit[1](unit[0](x))) if change != "no_norm" else conv(unit[0](x))
-    torch.testing.assert_close(y, plain, rtol=2e-2 if change == "float16" else 1e-5, atol=2e-2 if change == "float16" else 1e-5)
+    tolerance = 2e-2 if change == "bfloat16" else 1e-5
+    torch.testing.assert_close(y, plain, rtol=tolerance, atol=tolerance)
 
 
 @native

@@ -1,11 +1,12 @@
 """The denominators of the benchmark: plausible, and refused for senseless arguments."""
 from __future__ import annotations
 
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sparse_stgcn.benchmark import measure
 from sparse_stgcn.benchmark.measure import Candidate, paired
 from sparse_stgcn.kernels import _native
 
@@ -31,16 +32,17 @@ def test_senseless_arguments_are_refused(call, message):
         call(_native.module)
 
 
-def test_runs_that_settle_are_not_timed_and_precede_each_that_is():
-    order = []
+def test_runs_that_settle_are_not_timed_and_precede_each_that_is(monkeypatch):
+    order, clock = [], [0.0]
+    monkeypatch.setattr(measure, "time", SimpleNamespace(sleep=lambda _: None, perf_counter=lambda: clock[0]))
 
-    def candidate(name, seconds):
+    def candidate(name):
         def run():
             order.append(name)
-            time.sleep(seconds if order.count(name) % 2 else 0)  # the first of two is slow
+            clock[0] += 100 if order.count(name) % 2 else 1  # the first of two is slow
 
         return Candidate(name, run, lambda: torch.zeros(1))
 
-    timings = paired([candidate("a", 0.05), candidate("b", 0.05)], rounds=2, warmup=0, settle=1)
+    timings = paired([candidate("a"), candidate("b")], rounds=2, warmup=0, settle=1)
     assert "".join(order) == "aabbbbaa"  # every round begins with another one
-    assert all(second < 0.04 for timing in timings.values() for second in timing.seconds)
+    assert {name: timing.seconds for name, timing in timings.items()} == {"a": [1, 1], "b": [1, 1]}

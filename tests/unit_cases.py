@@ -43,6 +43,14 @@ def against_the_reference(tests: ModuleType, case: str, **form: bool) -> None:
             torch.testing.assert_close(a.double(), e, rtol=0, atol=tolerance * scale, msg=lambda m, i=index: f"result {i}: {m}")
 
 
+def any_strides(tests: ModuleType, case: str, kind: str, gradient_kind: str) -> None:
+    """Result and gradients of a case do not depend on the strides of x and of the gradient that comes in."""
+    strided, plain = tests.arguments(case, kind=kind), tests.arguments(case)
+    got = tests.run(*strided, tests.gradient(case, kind=gradient_kind))
+    for a, b in zip(got, tests.run(*plain, tests.gradient(case)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 def bit_equal_over_threads(tests: ModuleType, case: str) -> None:
     """Result and gradients of a case in float32, run by run and for any number of threads."""
     given, *patterns = tests.arguments(case, torch.float32)
