@@ -22,7 +22,7 @@ __all__ = ["joined", "live_stack", "stacked", "sum_over_graphs"]
 def joined(convs: Sequence[SparseConv2d], x: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     """[conv(x) for conv in convs], 1 x 1 convolutions of one stride, as one product.
 
-    x is read once, and its gradient is one sum that is written once. Compact convolutions have to agree in their block; where a
+    x is read once, and its gradient is one sum that is written once. Live convolutions have to agree in their block; where a
     width is no multiple of it, outputs that nobody reads fill the last block, up to half as many as are read. Otherwise, and
     where a forward hook watches one of them, they run one by one, on x each or, where x is as many aliases of one tensor (see
     ``kernels.share``), on one each.
@@ -50,25 +50,25 @@ def _as_one(convs: Sequence[SparseConv2d], x: Tensor) -> tuple[Tensor, list[tupl
     if not all(map(unwatched, convs)):
         return None
     widths = [conv.out_channels for conv in convs]
-    if all(conv.stage != "compact" for conv in convs):
-        bias = None if convs[0].bias is None else torch.cat([conv.bias for conv in convs])  # type: ignore[misc]
-        y = F.conv2d(x, torch.cat([conv.dense_weight() for conv in convs]), bias, (convs[0].stride, 1))
-        return y, spans(widths)
     live = _live(convs)
-    if live is None:
+    if live is not None:
+        values, pattern, bias, rooms = live
+        y = temporal_conv(x, values, pattern, bias, convs[0].stride)
+        return y, [(begin, begin + width) for (begin, _), width in zip(spans(rooms), widths, strict=True)]
+    if any(conv.stage == "compact" for conv in convs):
         return None
-    values, pattern, bias, rooms = live
-    y = temporal_conv(x, values, pattern, bias, convs[0].stride)
-    return y, [(begin, begin + width) for (begin, _), width in zip(spans(rooms), widths, strict=True)]
+    bias = None if convs[0].bias is None else torch.cat([conv.bias for conv in convs])  # type: ignore[misc]
+    y = F.conv2d(x, torch.cat([conv.dense_weight() for conv in convs]), bias, (convs[0].stride, 1))
+    return y, spans(widths)
 
 
 def _live(convs: Sequence[SparseConv2d]) -> tuple[Tensor, BlockPattern, Tensor | None, list[int]] | None:
-    """Values, pattern and bias of compact convolutions one below the other, and how many outputs there are for each."""
-    patterns = tuple(conv.pattern for conv in convs if conv.pattern is not None)
-    pattern = _join(patterns) if all(conv.stage == "compact" for conv in convs) else None
-    if pattern is None:
+    """Values, pattern and bias of live convolutions one below the other, and how many outputs there are for each."""
+    patterns = _live_patterns(convs)
+    pattern = None if patterns is None else _join(patterns)
+    if patterns is None or pattern is None:
         return None
-    values, rooms = torch.cat([conv.values for conv in convs]), _rooms(patterns)  # type: ignore[misc]
+    values, rooms = torch.cat([conv.live().values for conv in convs]), _rooms(patterns)  # type: ignore[union-attr]
     bias = None if convs[0].bias is None else torch.cat([conv.bias for conv in convs])  # type: ignore[misc]
     if bias is not None and pattern.shape[0] > bias.numel():
         bias = torch.cat([F.pad(conv.bias, (0, room - width))  # type: ignore[arg-type]
@@ -76,8 +76,14 @@ def _live(convs: Sequence[SparseConv2d]) -> tuple[Tensor, BlockPattern, Tensor |
     return values, pattern, bias, rooms
 
 
+def _live_patterns(convs: Sequence[SparseConv2d]) -> tuple[BlockPattern, ...] | None:
+    """``live_pattern`` of each; None where one of them has none."""
+    patterns = tuple(pattern for conv in convs if (pattern := conv.live_pattern) is not None)
+    return patterns if len(patterns) == len(convs) else None
+
+
 def live_stack(convs: Sequence[SparseConv2d]) -> tuple[Tensor, BlockPattern, Tensor | None] | None:
-    """Values, pattern (sum of O, I, 1) and bias of compact 1 x 1 convolutions one below the other, with no output left over.
+    """Values, pattern (sum of O, I, 1) and bias of live 1 x 1 convolutions one below the other, with no output left over.
 
     None where they cannot be joined, or a hook watches one of them.
     """
@@ -88,21 +94,22 @@ def live_stack(convs: Sequence[SparseConv2d]) -> tuple[Tensor, BlockPattern, Ten
 def sum_over_graphs(convs: Sequence[SparseConv2d], x: Tensor, graphs: Tensor) -> Tensor:
     """y = sum over k of conv_k(x G_k): (N, I, T, V) and a graph of every sample (N, K, V, V) -> (N, O, T, V).
 
-    Compact 1 x 1 convolutions of one block are one graph convolution, in which no x G_k exists as a whole.
+    Live 1 x 1 convolutions of one block are one graph convolution, in which no x G_k exists as a whole.
     """
     watched = not all(map(unwatched, convs))
-    patterns = tuple(conv.pattern for conv in convs if conv.pattern is not None and conv.stage == "compact")
-    if not watched and not patterns and torch.is_grad_enabled() and runs_natively("graph_product", x):
+    patterns = _live_patterns(convs)
+    dense = all(conv.stage != "compact" for conv in convs)
+    if not watched and patterns is None and dense and torch.is_grad_enabled() and runs_natively("graph_product", x):
         weight, offset = torch.cat([conv.dense_weight() for conv in convs], 1), None
         if convs[0].bias is not None:
             offset = torch.stack([conv.bias for conv in convs]).sum(0)  # type: ignore[misc]
         return F.conv2d(graph_product(x, graphs), weight, offset)
-    if watched or len(patterns) < len(convs) or len({pattern.block for pattern in patterns}) > 1:
+    if watched or patterns is None or len({pattern.block for pattern in patterns}) > 1:
         batch, channels, frames, joints = x.shape
         rows, parts = x.reshape(batch, -1, joints), zip(convs, graphs.unbind(1), strict=True)
         return reduce(add, (conv(torch.bmm(rows, graph).view(batch, channels, frames, joints)) for conv, graph in parts))
     pattern, order, inverse = _stack(patterns)
-    values = _Reordered.apply(torch.cat([conv.values for conv in convs]), order, inverse)  # type: ignore[misc]
+    values = _Reordered.apply(torch.cat([conv.live().values for conv in convs]), order, inverse)  # type: ignore[union-attr]
     offset = None if convs[0].bias is None else torch.stack([conv.bias for conv in convs]).sum(0)  # type: ignore[misc]
     return graph_conv(x, values, pattern, graphs.to(x.dtype), offset=offset)
 

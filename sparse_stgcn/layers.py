@@ -10,11 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batch_norms import join_parameters, norm_fuses, normalise, track_all
-from .kernels import BlockPattern, LiveConv, again, branches, graph_conv, graph_product, max_pool, temporal_conv
+from .kernels import BlockPattern, LiveConv, _native, again, branches, graph_conv, graph_product, max_pool, temporal_conv
 from .kernels.branches import Map, fuses
 from .kernels.dispatch import runs_natively, widened, widened_dtype
 
 __all__ = ["Maps", "SparseConv2d", "TemporalUnit", "Units", "as_maps", "normed", "pointwise_unit", "run_units", "unwatched"]
+
+# Inputs times taps up to which a dense weight is trained faster by the kernels of live blocks than by PyTorch's convolution, as
+# measured (kernels/README.md): the weights of eight outputs, 36 kB, still stay in the first cache.
+_LONGEST_SUM = {"avx512": 1152, "avx512_bf16": 1152}
 
 
 class SparseConv2d(nn.Module):
@@ -59,6 +63,7 @@ class SparseConv2d(nn.Module):
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
         self.pattern: BlockPattern | None = None
         self.masked = False
+        self._whole: BlockPattern | None = None
         self.weight = nn.Parameter(torch.empty(subsets * out_channels, in_channels, kernel_size, 1))
         self.register_parameter("values", None)
         if bias:
@@ -122,6 +127,32 @@ class SparseConv2d(nn.Module):
             return self.from_oik(self.as_oik(self.weight) * self.pattern.mask())
         return self.weight
 
+    @property
+    def live_pattern(self) -> BlockPattern | None:
+        """The pattern of the blocks that the kernels run on: the live ones of the compact stage; before it every block, in
+        training on a CPU and where that is faster than PyTorch's convolution; None where that one runs.
+        """
+        if self.values is not None:
+            return self.pattern
+        if not self._trains_as_blocks():
+            return None
+        if self._whole is None:
+            self._whole = BlockPattern.full(self.shape_oik, (8, 1))
+        return self._whole
+
+    def _trains_as_blocks(self) -> bool:
+        return (self.training and self.in_channels * self.shape_oik[2] <= _LONGEST_SUM.get(_native.isa, 0)
+                and self.weight.dtype == torch.float32 and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+                and not torch.is_autocast_enabled("cpu") and runs_natively("temporal_conv", self.weight))
+
+    def live(self) -> LiveConv | None:
+        """Weight and bias as the blocks of ``live_pattern``, differentiable; a graph convolution's bias has K * O entries."""
+        pattern = self.live_pattern
+        if pattern is None:
+            return None
+        values = pattern.gather(self.as_oik(self.dense_weight())) if self.values is None else self.values
+        return LiveConv(values, pattern, self.bias, self.dilation)
+
     def attach(self, pattern: BlockPattern) -> None:
         """dense -> warmup: fix which weights will be kept.
 
@@ -167,8 +198,9 @@ class SparseConv2d(nn.Module):
             raise ValueError(
                 "Expected a convolution without subsets. Got a graph convolution; call aggregate."
             )
-        if self.values is not None and self.pattern is not None:
-            return temporal_conv(x, self.values, self.pattern, self.bias, self.stride, self.dilation)
+        live = self.live()
+        if live is not None:
+            return temporal_conv(x, live.values, live.pattern, live.bias, self.stride, self.dilation)
         padding = (self.kernel_size - 1) // 2 * self.dilation
         return F.conv2d(x, self.dense_weight(), self.bias, (self.stride, 1), (padding, 0), (self.dilation, 1))
 
@@ -181,8 +213,9 @@ class SparseConv2d(nn.Module):
             support: bool (K, V, V), the only entries of ``adjacency`` that can differ from 0.
         """
         bias = None if self.bias is None else self.bias.view(self.subsets, self.out_channels)
-        if self.values is not None and self.pattern is not None:
-            return graph_conv(x, self.values, self.pattern, adjacency, bias, support=support)
+        live = self.live()
+        if live is not None:
+            return graph_conv(x, live.values, live.pattern, adjacency, bias, support=support)
         if self.training and torch.is_grad_enabled() and runs_natively("graph_product", x):
             weight = torch.cat(self.dense_weight().chunk(self.subsets), 1)  # one product over all subsets
             out = F.conv2d(graph_product(x, adjacency, support), weight)
@@ -238,9 +271,10 @@ def as_maps(norms: Sequence[nn.Module], x: Tensor, modules: Sequence[nn.Module])
         if not norm_fuses(bn, x) or not unwatched(bn) or not unwatched(module):
             return None
         if isinstance(module, SparseConv2d):
-            if module.values is None or module.pattern is None or module.subsets > 1:
+            live = None if module.subsets > 1 else module.live()
+            if live is None:
                 return None
-            maps.append(LiveConv(module.values, module.pattern, module.bias, module.dilation))
+            maps.append(live)
             strides.add(module.stride)
         elif _pools(module, x):
             maps.append("max")

@@ -143,7 +143,7 @@ def test_powers_of_two() -> None:
     assert [auto_batch.smallest_parts(128, n) for n in (1, 100, 128, 500)] == [128, 2, 1, 1]
 
 
-def test_memory_of_a_step_is_linear_and_larger_in_the_warm_up() -> None:
+def test_memory_of_a_step_is_linear_and_not_smaller_in_the_warm_up() -> None:
     shape = (1, 16, 5, 3)
     dense, sparse = tiny.model(0.8), compact(tiny.model(0.8))
     before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
@@ -154,7 +154,7 @@ def test_memory_of_a_step_is_linear_and_larger_in_the_warm_up() -> None:
     assert memory.fixed >= 3 * parameters
     # Each of the ten blocks keeps at least its input: 8, 16 and 32 channels over 16, 8 and 4 frames.
     assert memory.each > 4 * 5 * (4 * 8 * 16 + 3 * 16 * 8 + 3 * 32 * 4)
-    assert memory.each > auto_batch.step_memory(sparse, shape).each
+    assert memory.each >= auto_batch.step_memory(sparse, shape).each
     assert auto_batch.step_memory(dense, shape, averaged=True).fixed == pytest.approx(memory.fixed + parameters)
     assert auto_batch.step_memory(dense, (1, 32, 5, 3)).each == pytest.approx(2 * memory.each, rel=0.05)
     assert memory.fitting(memory.fixed + 10.5 * memory.each) == 10

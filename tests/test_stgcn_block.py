@@ -240,7 +240,7 @@ def test_a_block_is_the_same_as_one_op(form, adaptive, monkeypatch):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-10)
 
 
-def test_what_keeps_a_block_from_being_one_op():
+def test_what_keeps_a_block_from_being_one_op(monkeypatch):
     x = normal(2, 16, 10, 25, seed=1)
     assert block().fuses(x) and block().double().fuses(x.double())
     assert not block().eval().fuses(x)
@@ -259,8 +259,12 @@ def test_what_keeps_a_block_from_being_one_op():
     replaced.tcn.conv = nn.Conv2d(16, 16, (9, 1), padding=(4, 0))
     assert not replaced.fuses(x)
     dense = GraphBlock(GraphUnit(16, 16, torch.ones(3, 25, 25)), TemporalUnit(16, 16), 16, 16, 1)
-    assert not dense.fuses(x)
-    assert not attached(dense, compact=False).fuses(x)
+    warm = attached(copy.deepcopy(dense), compact=False)
+    for longest, one_op in ((9 * 16, True), (9 * 16 - 1, False)):
+        monkeypatch.setattr("sparse_stgcn.layers._LONGEST_SUM", {_native.isa: longest})
+        assert dense.fuses(x) == warm.fuses(x) == one_op
+        with torch.no_grad():
+            assert not dense.fuses(x)
 
 
 def test_the_reference_backend_runs_unit_by_unit(monkeypatch):

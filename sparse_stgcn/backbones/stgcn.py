@@ -69,7 +69,7 @@ class GraphUnit(nn.Module):
 
 
 class GraphBlock(Block):
-    """A block whose two convolutions, norms, residual and ReLUs are one op while live blocks are trained on a CPU.
+    """A block whose two convolutions, norms, residual and ReLUs are one op in training on a CPU.
 
     See ``kernels.stgcn_block``; everywhere else, and where a hook watches what lies between, the units run one by one.
     """
@@ -84,10 +84,11 @@ class GraphBlock(Block):
         if self.residual is not None and not identity:
             x, for_residual = share(x, 2)
             residual = self.residual(for_residual)
-        graph_bias = None if gcn.conv.bias is None else gcn.conv.bias.view(gcn.conv.subsets, gcn.conv.out_channels)
+        graph, temporal = gcn.conv.live(), tcn.conv.live()
+        graph_bias = None if graph.bias is None else graph.bias.view(gcn.conv.subsets, gcn.conv.out_channels)
         out, first, second = stgcn_block(
-            x, Normed(gcn.conv.values, gcn.conv.pattern, graph_bias, gcn.bn.weight, gcn.bn.bias, gcn.bn.eps), gcn.graph(),
-            Normed(tcn.conv.values, tcn.conv.pattern, tcn.conv.bias, tcn.bn.weight, tcn.bn.bias, tcn.bn.eps),
+            x, Normed(graph.values, graph.pattern, graph_bias, gcn.bn.weight, gcn.bn.bias, gcn.bn.eps), gcn.graph(),
+            Normed(temporal.values, temporal.pattern, temporal.bias, tcn.bn.weight, tcn.bn.bias, tcn.bn.eps),
             residual, identity, gcn.support(), tcn.conv.stride, tcn.conv.dilation)
         track(gcn.bn, *first)
         track(tcn.bn, *second)
@@ -103,13 +104,13 @@ class GraphBlock(Block):
         inside = [gcn, gcn.conv, gcn.bn, tcn, tcn.conv, tcn.bn]
         if isinstance(self.residual, nn.Identity):
             inside.append(self.residual)
-        if gcn.conv.stage != "compact" or tcn.conv.stage != "compact" or not all(map(unwatched, inside)):
+        pattern: Any = tcn.conv.live_pattern
+        if gcn.conv.live_pattern is None or pattern is None or not all(map(unwatched, inside)):
             return False
         if not (norm_fuses(gcn.bn, x) and norm_fuses(tcn.bn, x)):
             return False
-        weights = (gcn.conv.values, gcn.conv.bias, tcn.conv.values, tcn.conv.bias, gcn.A)
-        pattern: Any = tcn.conv.pattern
-        return all(w is None or w.dtype == x.dtype for w in weights) and fuses(x, pattern, tcn.conv.stride)
+        weights = (*gcn.conv.parameters(), *tcn.conv.parameters(), gcn.A)
+        return all(w.dtype == x.dtype for w in weights) and fuses(x, pattern, tcn.conv.stride)
 
 
 class STGCN(Backbone):

@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -160,6 +162,10 @@ class BlockPattern:
         """The live blocks of ``dense`` (O, I, K) as values (nnz, bi, bo); entries beyond a ragged edge are 0."""
         if tuple(dense.shape) != self.shape:
             raise ValueError(f"Expected dense of shape {self.shape}. Got {tuple(dense.shape)}.")
+        if self.num_blocks == math.prod(self._grid):  # every block lives: a permutation, whose gradient is one too
+            (rows, cols, taps), (bo, bi) = self._grid, self.block
+            whole = F.pad(dense, (0, 0, 0, cols * bi - self.shape[1], 0, rows * bo - self.shape[0])) if self._ragged else dense
+            return whole.reshape(rows, bo, cols, bi, taps).permute(0, 4, 2, 3, 1).reshape(self.values_shape)
         index = self._flat_index()
         values = dense.reshape(-1)[index.clamp(min=0)]
         return values.masked_fill(index < 0, 0) if self._ragged else values
@@ -188,6 +194,11 @@ class BlockPattern:
         for part in (self.row_ptr, self.input, self.tap):
             sha.update(part.cpu().numpy().astype("<i4").tobytes())
         return sha.hexdigest()
+
+    @property
+    def _grid(self) -> tuple[int, int, int]:
+        """(G, H, K): block rows, block columns and taps."""
+        return self.row_ptr.numel() - 1, self.t_ptr.numel() - 1, self.shape[2]
 
     @property
     def _ragged(self) -> bool:

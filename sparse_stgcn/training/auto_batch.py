@@ -117,15 +117,19 @@ def step_memory(model: nn.Module, shape: tuple[int, ...], precision: str = "floa
     """
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     probe = copy.deepcopy(model).train()
-    small, large = (_measure(probe, torch.zeros(n, *shape, device=next(probe.parameters()).device), precision)
-                    for n in _PROBES)
-    each = (large - small) / (_PROBES[1] - _PROBES[0])
+    device = next(probe.parameters()).device
+    small, large = (_measure(probe, torch.zeros(n, *shape, device=device), precision) for n in _PROBES)
+    # Tensor by tensor: the largest one may be a copy of a weight, which does not grow with the batch.
+    growth = [(b - a) / (_PROBES[1] - _PROBES[0]) for a, b in zip(small, large, strict=True)]
+    each, fixed = sum(growth), max(0.0, sum(small) - _PROBES[0] * sum(growth))
+    if device.type == "cpu":
+        each, fixed = RESIDENT * (each + WORKING * max(growth)), RESIDENT * fixed
     # Weights, gradients and momentum, and the average.
-    return StepMemory((4 if averaged else 3) * parameters + max(0.0, small - _PROBES[0] * each), each)
+    return StepMemory((4 if averaged else 3) * parameters + fixed, each)
 
 
-def _measure(model: nn.Module, keypoint: Tensor, precision: str) -> float:
-    """Bytes that a step holds beside the parameters."""
+def _measure(model: nn.Module, keypoint: Tensor, precision: str) -> list[int]:
+    """Bytes of each tensor that a step keeps for its backward pass beside the parameters; on a GPU its peak instead."""
     device, label = keypoint.device, torch.zeros(len(keypoint), dtype=torch.long, device=keypoint.device)
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, tuple[int, Any]] = {}
@@ -147,6 +151,5 @@ def _measure(model: nn.Module, keypoint: Tensor, precision: str) -> float:
         loss.backward()
         peak = torch.cuda.max_memory_allocated(device) - before
         model.zero_grad(set_to_none=True)
-        return float(peak)
-    sizes = [size for size, _ in kept.values()]
-    return RESIDENT * (sum(sizes) + WORKING * max(sizes) + keypoint.nbytes)
+        return [peak]
+    return [keypoint.nbytes, *(size for size, _ in kept.values())]
