@@ -66,21 +66,22 @@ void bind_aggregations(py::module_& m) {
     });
   });
   m.def("dg_forward", [](bool is_double, const Sizes& shape, const Addresses& t, const Strides& stride, const Addresses& norm,
-                         double eps, int threads) {
+                         Address read, double eps, int threads) {
     typed(is_double, [&](auto& ops, auto s) {
       using S = decltype(s);
-      ops.dg_forward(dynamic_shape(shape), group_view<const S>(t[0], stride[0]), norm_of<S>(norm, eps), view<S>(t[1], stride[1]),
-                     view<S>(t[2], stride[2]), (const S*)t[3], (const S*)t[4], (const S*)t[5], (S*)t[6], threads);
+      ops.dg_forward(dynamic_shape(shape), group_view<const S>(t[0], stride[0]), norm_of<S>(norm, eps), (const int32_t*)read,
+                     view<S>(t[1], stride[1]), view<S>(t[2], stride[2]), (const S*)t[3], (const S*)t[4], (const S*)t[5], (S*)t[6],
+                     threads);
     });
   });
   m.def("dg_backward", [](bool is_double, const Sizes& shape, const Addresses& t, const Strides& stride, const Addresses& norm,
-                          int threads) {
+                          Address read, int threads) {
     typed(is_double, [&](auto& ops, auto s) {
       using S = decltype(s);
-      ops.dg_backward(dynamic_shape(shape), group_view<const S>(t[0], stride[0]), norm_of<S>(norm), view<S>(t[1], stride[1]),
-                      view<S>(t[2], stride[2]), (const S*)t[3], (const S*)t[4], (const S*)t[5], group_view<const S>(t[6], stride[3]),
-                      (S*)t[7], (S*)t[8], (S*)t[9], (S*)t[10], (S*)t[11], (S*)t[12], norm.empty() ? nullptr : (S*)norm[5],
-                      norm.empty() ? nullptr : (S*)norm[6], threads);
+      ops.dg_backward(dynamic_shape(shape), group_view<const S>(t[0], stride[0]), norm_of<S>(norm), (const int32_t*)read,
+                      view<S>(t[1], stride[1]), view<S>(t[2], stride[2]), (const S*)t[3], (const S*)t[4], (const S*)t[5],
+                      group_view<const S>(t[6], stride[3]), (S*)t[7], (S*)t[8], (S*)t[9], (S*)t[10], (S*)t[11], (S*)t[12],
+                      norm.empty() ? nullptr : (S*)norm[5], norm.empty() ? nullptr : (S*)norm[6], threads);
     });
   });
 }

@@ -70,6 +70,21 @@ def test_matches_the_reference(case: str, live4: bool, bias: bool) -> None:
 
 
 @native
+@pytest.mark.parametrize("kind", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", ["ntu", "rows_over_groups", "single", "square"])
+def test_channels_without_gradient(case: str, kind: str) -> None:
+    """They send nothing, whole groups of eight of them as well as single ones."""
+    given, *patterns = arguments(case)
+    dy = gradient(case, kind=kind)
+    dy[:, ::2] = 0
+    dy[0, :8] = 0
+    got = run(given, *patterns, dy)
+    with forced_backend("reference"):
+        for a, e in zip(got, run(given, *patterns, dy), strict=True):
+            torch.testing.assert_close(a, e, rtol=0, atol=1e-12 * max(1.0, float(e.abs().max())))
+
+
+@native
 @pytest.mark.parametrize("case", ["ntu", "single", "square"])
 def test_small_integers_are_exact(case: str) -> None:
     """With alpha = 0 the graph is A, and y, dx, dW3, db3 and dA are sums of products of small integers."""

@@ -13,6 +13,7 @@ from sparse_stgcn import compact, create_model, sparsify
 from sparse_stgcn.kernels import _native
 from sparse_stgcn.kernels import dg_unit as module
 from sparse_stgcn.kernels.dg_unit import dg_unit
+from sparse_stgcn.kernels.dispatch import forced_backend
 from tests import unit_cases
 from tests.kernel_cases import STRIDES, normal, strided
 
@@ -64,6 +65,29 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda *given: dg_unit(*given)[0], leaves)
 
 
+def some_read(case: str) -> Tensor:
+    """Two of three channels are read."""
+    return -(torch.arange(CASES[case][1] * CASES[case][2]) % 3 == 1).int()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_channels_that_nobody_reads(case: str, backend: str) -> None:
+    """They are 0; all else is as if their gradient had been 0."""
+    if backend == "native" and _native.module is None:
+        pytest.skip("the native module is not built")
+    (given, _), read = arguments(case), some_read(case)
+    dy = gradient(case).masked_fill((read < 0)[:, None, None], 0)
+    leaves = [tensor.detach().requires_grad_() for tensor in given]
+    with forced_backend(backend):
+        y, *moments = dg_unit(*leaves, 1e-4, read)
+        gradients = torch.autograd.grad(y, leaves, gradient(case))
+        whole = run(given, case, dy)
+    assert not y[:, read < 0].any()
+    for a, b in zip([y[:, read >= 0], *moments, *gradients], [whole[0][:, read >= 0], *whole[1:]], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 @native
 @pytest.mark.parametrize("case", ["ntu", "more_samples_than_ranges"])
 def test_bit_equal_over_runs_and_threads(case: str) -> None:
@@ -89,10 +113,11 @@ def test_opcheck_and_fullgraph() -> None:
     for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(loss(*leaves), leaves), strict=True):
         assert torch.equal(a, b)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.sparse_stgcn.dg_unit, (*given, 1e-5), test_utils=tests)
-    _, mean, rstd, _ = torch.ops.sparse_stgcn.dg_unit(*given, 1e-5)
-    torch.library.opcheck(torch.ops.sparse_stgcn.dg_unit_backward, (gradient(case, torch.float32), *given, mean, rstd),
-                          test_utils=tests)
+    for read in (None, some_read(case)):
+        torch.library.opcheck(torch.ops.sparse_stgcn.dg_unit, (*given, read, 1e-5), test_utils=tests)
+        _, mean, rstd, _ = torch.ops.sparse_stgcn.dg_unit(*given, read, 1e-5)
+        arguments_of_backward = (gradient(case, torch.float32), *given, mean, rstd, read)
+        torch.library.opcheck(torch.ops.sparse_stgcn.dg_unit_backward, arguments_of_backward, test_utils=tests)
 
 
 @pytest.mark.parametrize(("change", "error", "message"), [

@@ -95,6 +95,18 @@ def test_persons_of_zeros_beside_numbers_far_from_zero():
     assert torch.allclose(mean.double(), exact_mean, rtol=2e-7) and torch.allclose(variance.double(), exact_variance, rtol=2e-6)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_zeros(form):
+    """A channel without gradient sends none, one that lacks it in some samples does there as well; y is as ever."""
+    xs, weight, bias, residual, dy = arguments("joined")
+    dy[:, 2] = 0
+    dy[:2, 5] = 0
+    dy[1, 7:9] = 0
+    got = run(norm, xs, weight, bias, residual, dy, form)
+    assert_close(got, run(reference.norm, xs, weight, bias, residual, dy, form), 1e-12, form)
+    assert not got[3][:, 2].any() and got[4][:2, 0].any()
+
+
 def test_a_constant_channel():
     x = torch.full((2, 1, 4, 25), 7.3).requires_grad_()
     y, mean, variance = norm(x, torch.ones(1), torch.full((1,), 0.5), relu=True)

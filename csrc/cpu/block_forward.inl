@@ -64,13 +64,13 @@ void block_temporal_forward(const TemporalShape& s, const Pattern& p, const Bloc
   const Channels<S> z{b.z, p.I * s.T * s.V, nullptr, 0, s.T, s.V, false};
   const int64_t sweep = streamed_sweep<S>;  // pixels of all block rows before the next ones
   in_chunks(tasks, chunks, threads, [&](int64_t chunk, int64_t begin, int64_t end) {
-    task_scratch.reserve(Scratch::room<S>(plan.panel_size(p)) + Scratch::room<S>(p.bo * sweep));
-    S* panel = task_scratch.take<S>(plan.panel_size(p));
+    task_scratch.reserve(Scratch::room<S>(plan.panel_size()) + Scratch::room<S>(p.bo * sweep));
+    S* panel = task_scratch.take<S>(plan.panel_size());
     S* rows = task_scratch.take<S>(p.bo * sweep);
     for (int64_t task = begin; task < end; task++) {
       const int64_t n = task / plan.tiles, t0 = task % plan.tiles * plan.frames;
       const int64_t pixels = min64(plan.frames, s.T_out - t0) * s.V;
-      pack_normed(plan, s, p, z, b.first, n, t0, 0, (S*)nullptr, panel);
+      pack_normed(plan, s, z, b.first, n, t0, 0, (S*)nullptr, panel);
       for (int64_t at = 0; at < pixels; at += sweep)
         for (int64_t g = 0; g < p.rows; g++) {
           const int64_t live = live_rows(p, g), c = g * p.bo, count = min64(sweep, pixels - at);

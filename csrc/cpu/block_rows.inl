@@ -46,19 +46,22 @@ struct SlopeSums {
 template <class S>
 class Ahead {
  public:
-  INLINE void add(const S* row, int64_t rows, int64_t ld, int64_t pixels) {
-    if (rows > 0 && pixels > 0) source[sources++] = {row, rows, ld, pixels}, lines += rows * lines_of(pixels);
+  // Rows ld apart, of which `channel` names some.
+  INLINE void add(const S* row, int64_t rows, int64_t ld, int64_t pixels, const int32_t* channel = nullptr) {
+    if (rows > 0 && pixels > 0) source[sources++] = {row, rows, ld, pixels, channel}, lines += rows * lines_of(pixels);
   }
   INLINE void spread(int64_t calls) { share = ceil_div(lines, max64(calls, 1)); }
   INLINE void operator()() {
     for (int64_t left = share; left > 0 && at < sources;) {
       Source& s = source[at];
       const int64_t count = min64(left, lines_of(s.pixels) - line);
-      const char* p = (const char*)s.row + line * 64;
+      const char* p = (const char*)(s.row + (s.channel ? *s.channel : 0) * s.ld) + line * 64;
       for (int64_t i = 0; i < count; i++) __builtin_prefetch(p + i * 64, 0, 2);
       left -= count, line += count;
       if (line < lines_of(s.pixels)) continue;
-      line = 0, s.row += s.ld;
+      line = 0;
+      if (s.channel) s.channel++;
+      else s.row += s.ld;
       if (--s.rows == 0) at++;
     }
   }
@@ -67,6 +70,7 @@ class Ahead {
   struct Source {
     const S* row;
     int64_t rows, ld, pixels;
+    const int32_t* channel;
   } source[4];
   int64_t sources = 0, lines = 0, share = 0, at = 0, line = 0;
   static INLINE int64_t lines_of(int64_t pixels) { return ceil_div(pixels * (int64_t)sizeof(S), 64) + 1; }
@@ -160,6 +164,9 @@ struct Channels {
     if (mean) fold_mean_frames(g, end - begin, V, room);
     stream_row(dz + n * dz_stride + (i * T + begin) * V, mean ? room : g, (end - begin) * V);
   }
+  INLINE void leave_zeros_of(int64_t n, int64_t i, int64_t begin, int64_t end) const {
+    leave_zeros(dz + n * dz_stride + (i * T + begin) * V, (end - begin) * V, true);
+  }
 };
 
 // mean, rstd and variance of C channels of N samples, a few side by side as norm_group says.
@@ -179,15 +186,16 @@ void take_moments(int64_t N, int64_t C, const Channels<S>& z, const BlockNorm<S>
 // A temporal panel whose rows go through relu(bn(z)) as they are packed, for output frames [t0, t0 + count) of sample n: frames
 // [from, plane_frames) of every plane. room: see Channels.
 template <class S>
-void pack_normed(const TemporalPlan& plan, const TemporalShape& s, const Pattern& p, const Channels<S>& z, const BlockNorm<S>& norm,
-                 int64_t n, int64_t t0, int64_t from, S* room, S* panel) {
+void pack_normed(const TemporalPlan& plan, const TemporalShape& s, const Channels<S>& z, const BlockNorm<S>& norm, int64_t n, int64_t t0,
+                 int64_t from, S* room, S* panel) {
   const int64_t first = t0 * s.stride - plan.padding;
   const int64_t least = max64(0, first + from * s.stride), most = max64(least, min64(s.T, first + plan.plane_frames * s.stride));
-  for (int64_t i = 0; i < p.I; i++) {
+  for (int64_t r = 0; r < plan.inputs.count(); r++) {
+    const int64_t i = plan.inputs.channel[r];
     const Affine<S> affine = affine_of(norm, i);
     const S* channel = z.row(n, i, least, most, room);
     for (int64_t q = 0; q < plan.phases; q++) {
-      S* row = panel + i * plan.ld + q * plan.plane;
+      S* row = panel + r * plan.ld + q * plan.plane;
       const int64_t t = t0 * s.stride + q - plan.padding;  // input frame of panel frame 0
       int64_t begin, end;
       frames_inside(t, s.stride, s.T, plan.plane_frames, &begin, &end);
@@ -199,7 +207,7 @@ void pack_normed(const TemporalPlan& plan, const TemporalShape& s, const Pattern
       std::memset(row + end * s.V, 0, (plan.plane - end * s.V) * sizeof(S));
     }
   }
-  std::memset(panel + p.I * plan.ld, 0, plan.ld * sizeof(S));
+  std::memset(panel + plan.zeros(), 0, plan.ld * sizeof(S));
 }
 
 // x (N, I, T, V) for an adjacency, which reads whole registers: in place, or in `copy` where they would pass the end of the tensor.

@@ -52,10 +52,10 @@ void branches_forward(const TemporalShape& shape, int64_t count, const Branch<S>
     int32_t* offset;
     int64_t tiles, sweep;
   };
-  size_t room = Scratch::room<Way>(count);
+  size_t room = 0;
   for (int64_t b = 0; b < count; b++) room += Scratch::room<int32_t>(branches[b].conv.blocks * branches[b].conv.bi);
   call_scratch.reserve(room);
-  Way* ways = call_scratch.take<Way>(count);
+  std::vector<Way> ways(count);
   int64_t tiles = 0;
   for (int64_t b = 0; b < count; b++) {
     const Pattern& p = branches[b].conv;
@@ -98,13 +98,13 @@ void branches_forward(const TemporalShape& shape, int64_t count, const Branch<S>
       return end_stream();
     }
     const int64_t t0 = tile * way.plan.frames, frames = min64(way.plan.frames, shape.T_out - t0), ldo = row_length<S>(frames * V);
-    task_scratch.reserve(Scratch::room<S>(way.plan.panel_size(p)) + Scratch::room<S>(p.bo * way.sweep) + z.room() + spread +
+    task_scratch.reserve(Scratch::room<S>(way.plan.panel_size()) + Scratch::room<S>(p.bo * way.sweep) + z.room() + spread +
                          (joint.coef ? Scratch::room<S>(p.O * ldo) : 0));
-    S* panel = task_scratch.take<S>(way.plan.panel_size(p));
+    S* panel = task_scratch.take<S>(way.plan.panel_size());
     S* rows = task_scratch.take<S>(p.bo * way.sweep);
     S* own = z.take_room(task_scratch);
     S* last = task_scratch.take<S>(spread / sizeof(S));
-    pack_normed(way.plan, shape_of(shape, branch, joint), p, z, norm_from(norm, branch.first), n, t0, 0, own, panel);
+    pack_normed(way.plan, shape_of(shape, branch, joint), z, norm_from(norm, branch.first), n, t0, 0, own, panel);
     if (!joint.coef) {
       sweep_panel(p, way.offset, branch.values, branch.bias, panel, frames * V, way.sweep, streams, rows,
                   y + (out.channel * shape.T_out + t0) * V, shape.T_out * V);
@@ -244,5 +244,7 @@ void branches_backward(const TemporalShape& shape, int64_t count, const Branch<S
     joint.dcoef[v] = (S)sum;
   }
   for (int64_t b = 0; b < count; b++)
-    if (branches[b].kind != PASSES) apply_slopes(shape.N, branches[b].conv.I, slope + branches[b].first, ways[b].z, threads);
+    if (branches[b].kind != PASSES)
+      apply_slopes(shape.N, branches[b].conv.I, slope + branches[b].first, ways[b].z,
+                   branches[b].kind == CONVOLVES ? ways[b].pass->plan.inputs.row.data() : nullptr, threads);
 }

@@ -175,9 +175,9 @@ struct CtrBackward {
         graph(scratch.take<S>(mix_rows * joints.map)), dgraph(scratch.take<S>(mix_rows * joints.map)),
         packed(scratch.take<S>(shape.T * joints.ld)), work(scratch.take<S>(4 * joints.ld)) {}
 
-  // along: this subset's sums over samples; wide_sums: those of the convolution that makes x3.
-  void run(const Mix<S>& mix, View<const S> x1, View<const S> x2, WideRows<S>& wide, View<const S> dy, int64_t n, int64_t k,
-           const S* A, S* dx12, S* along, S* wide_sums) {
+  // along: this subset's sums over samples; wide_sums: those of the convolution that makes x3; silent: channels of dy that are 0.
+  void run(const Mix<S>& mix, View<const S> x1, View<const S> x2, WideRows<S>& wide, View<const S> dy, const char* silent, int64_t n,
+           int64_t k, const S* A, S* dx12, S* along, S* wide_sums) {
     const Pattern& p = mix.p;
     S *sums = along + Mix<S>::entries(s, p) * p.bo, *dA = sums + s.C;
     pack_map(A, true, j, maps);
@@ -192,6 +192,12 @@ struct CtrBackward {
         wide.open(k, c, count);
         for (int64_t i = 0; i < count; i++) {
           S* to = dgraph + i * j.map;
+          if (silent[c + i]) {
+            std::memset(wide.gradient(i), 0, s.T * s.V * sizeof(S));
+            wide.finish(i);
+            std::memset(to, 0, j.map * sizeof(S));
+            continue;
+          }
           multiply(frames_of(dy, n, c + i), graph + i * j.map, s.T, j, wide.gradient(i));
           wide.finish(i);
           pack_frames(wide.row(i), s.T, j, packed);
@@ -234,8 +240,9 @@ void ctr_backward(const DynamicShape& s, const Pattern* p, GroupView<const S> x1
   S* wide_partial = call_scratch.take<S>(chunks * tables.sums());
   parallel(chunks, threads, [&](int64_t chunk) {
     const FlushDenormals flush;
-    task_scratch.reserve(CtrBackward<S>::room(s, j, largest) + tables.room(true));
+    task_scratch.reserve(CtrBackward<S>::room(s, j, largest) + tables.room(true) + Scratch::room<char>(s.C));
     CtrBackward<S> step(s, j, largest, task_scratch);
+    char* silent = task_scratch.take<char>(s.C);
     WideRows<S> wide(tables, task_scratch, &dx3);
     S* wide_sums = wide_partial + chunk * tables.sums();
     std::memset(partial + chunk * size, 0, size * sizeof(S));
@@ -243,8 +250,12 @@ void ctr_backward(const DynamicShape& s, const Pattern* p, GroupView<const S> x1
     for (int64_t n = chunk * s.N / chunks; n < (chunk + 1) * s.N / chunks; n++) {
       S* along = partial + chunk * size;
       wide.enter(n);
+      for (int64_t c = 0; c < s.C; c++) {
+        const Frames<S> d = frames_of(dy, n, c);
+        silent[c] = d.frame == s.V && d.joint == 1 && all_zeros(d.data, s.T * s.V);
+      }
       for (int64_t k = 0; k < s.K; along += ctr_sums<S>(s, p[k]), k++)  // dy of a sample stays in L2
-        step.run(mixes[k], embedding(x12, k, 0), embedding(x12, k, 1), wide, dy, n, k, A + k * s.V * s.V,
+        step.run(mixes[k], embedding(x12, k, 0), embedding(x12, k, 1), wide, dy, silent, n, k, A + k * s.V * s.V,
                  dx12 + (n * s.K + k) * 2 * s.R * s.V, along, wide_sums);
       wide.leave();
     }

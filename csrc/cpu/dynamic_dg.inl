@@ -8,6 +8,7 @@
 // With a norm (its gamma is not nullptr) x is the norm's input, and relu(norm(x)) is multiplied: made for a channel of a sample at a
 // time, in both passes. Backward leaves dx' = the gradient of norm(x) where its ReLU is open, then dx from it in its place. The
 // pixels of a channel of x then lie in one run, and its channels side by side.
+// Channels of y that nobody reads are not multiplied (`read`, see table.h).
 
 template <class S>
 struct GroupRows {  // x1 and x2 of one (n, k): (C, ld) each, padded rows that repeat their first number
@@ -57,8 +58,8 @@ INLINE Frames<S> dg_input(const DynamicShape& s, const GroupView<const S>& x, co
 }
 
 template <class S>
-void dg_forward(const DynamicShape& s, GroupView<const S> x, const BlockNorm<S>& norm, View<const S> x1, View<const S> x2,
-                const S* alpha, const S* beta, const S* A, S* y, int threads) {
+void dg_forward(const DynamicShape& s, GroupView<const S> x, const BlockNorm<S>& norm, const int32_t* read, View<const S> x1,
+                View<const S> x2, const S* alpha, const S* beta, const S* A, S* y, int threads) {
   const Joints<S> j(s.V);
   const bool streams = is_streamed<S>(s.N * s.K * s.C * s.T * s.V);
   if (norm.gamma) take_moments<S>(s.N, s.K * s.C, {x.data, x.stride[0], nullptr, 0, s.T, s.V, false}, norm, threads);
@@ -79,12 +80,17 @@ void dg_forward(const DynamicShape& s, GroupView<const S> x, const BlockNorm<S>&
     const Vec<S> a = splat<S>(*alpha), b = splat<S>(*beta);
     for (int64_t i = 0; i < j.map; i += lanes<S>) store(shared + i, load(shared + i) + b * load(graph + i));
     for (int64_t c = 0; c < s.C; c++) {
+      S* to = y + (task * s.C + c) * s.T * s.V;
+      if (read && read[k * s.C + c] < 0) {
+        leave_zeros(to, s.T * s.V, streams);
+        continue;
+      }
       tanh_map<S>(rows.x1 + c * j.ld, rows.x2 + c * j.ld, j, 1, work,
                   [=](int64_t v, int64_t i, Vec<S> t) __attribute__((always_inline)) {
                     const int64_t at = v * j.ld + i * lanes<S>;
                     store(graph + at, load(shared + at) + a * t);
                   });
-      const OneRow<S> product(output, y + (task * s.C + c) * s.T * s.V, streams);
+      const OneRow<S> product(output, to, streams);
       multiply(dg_input(s, x, norm, n, k, c, normed), graph, s.T, j, product.row);
       product.finish(s.T * s.V);
     }
@@ -108,9 +114,9 @@ INLINE double dg_softmax_backward(const Joints<S>& j, const S* P, S beta, S* dP)
 }
 
 template <class S>
-void dg_backward(const DynamicShape& s, GroupView<const S> x, const BlockNorm<S>& norm, View<const S> x1, View<const S> x2,
-                 const S* alpha, const S* beta, const S* A, GroupView<const S> dy, S* dx, S* dx1, S* dx2, S* dalpha, S* dbeta,
-                 S* dA, S* dgamma, S* dshift, int threads) {
+void dg_backward(const DynamicShape& s, GroupView<const S> x, const BlockNorm<S>& norm, const int32_t* read, View<const S> x1,
+                 View<const S> x2, const S* alpha, const S* beta, const S* A, GroupView<const S> dy, S* dx, S* dx1, S* dx2, S* dalpha,
+                 S* dbeta, S* dA, S* dgamma, S* dshift, int threads) {
   // Sums over samples: in at most max_chunks ranges, then range by range.
   const int64_t chunks = min64(max_chunks, max64(s.N, 1));
   const Joints<S> j(s.V);
@@ -151,13 +157,20 @@ void dg_backward(const DynamicShape& s, GroupView<const S> x, const BlockNorm<S>
       for (int64_t i = 0; i < j.map; i += lanes<S>) store(shared + i, load(shared + i) + b * load(P + i));
       std::memset(dP, 0, j.map * sizeof(S));
       for (int64_t c = 0; c < s.C; c++) {
+        S* to = dx + ((n * s.K + k) * s.C + c) * pixels;
+        S *d1 = drows.x1 + c * j.ld, *d2 = drows.x2 + c * j.ld;
+        if (read && read[k * s.C + c] < 0) {
+          leave_zeros(to, pixels, streams || norm.gamma);
+          std::memset(d1, 0, j.ld * sizeof(S));
+          std::memset(d2, 0, j.ld * sizeof(S));
+          continue;
+        }
         tanh_map<S>(rows.x2 + c * j.ld, rows.x1 + c * j.ld, j, -1, work,
                     [=](int64_t w, int64_t i, Vec<S> t) __attribute__((always_inline)) {
                       const int64_t at = w * j.ld + i * lanes<S>;
                       store(tanhs + at, t);
                       store(graph + at, load(shared + at) + a * t);
                     });
-        S* to = dx + ((n * s.K + k) * s.C + c) * pixels;
         const OneRow<S> gradient(output, to, streams || norm.gamma);
         multiply(frames_of(dy, n, k, c), graph, s.T, j, gradient.row);
         const Frames<S> input = dg_input(s, x, norm, n, k, c, normed);
@@ -166,7 +179,6 @@ void dg_backward(const DynamicShape& s, GroupView<const S> x, const BlockNorm<S>
         else gradient.finish(pixels);
         pack_frames(input, s.T, j, packed);
         correlate(frames_of(dy, n, k, c), packed, s.T, j, dgraph, false);
-        S *d1 = drows.x1 + c * j.ld, *d2 = drows.x2 + c * j.ld;
         std::memset(d1, 0, j.ld * sizeof(S));
         Vec<S> along = {};
         for (int64_t w = 0; w < j.V; w++) {
@@ -210,5 +222,5 @@ void dg_backward(const DynamicShape& s, GroupView<const S> x, const BlockNorm<S>
   }
   if (!norm.gamma) return;
   finish_slopes(sums, norm, (double)s.N * (double)pixels, slope, dgamma, dshift);
-  apply_slopes(s.N, channels, slope, z, threads);
+  apply_slopes(s.N, channels, slope, z, read, threads);
 }

@@ -16,6 +16,7 @@ class WideRows {
     Tables(const DynamicShape& sizes, const Wide<S>& source, int64_t open_groups = 1)
         : s(sizes), wide(source), shape{sizes.N, sizes.T, sizes.T, sizes.V, 1, 1}, slots(open_groups) {
       if (!made()) return;
+      plan.inputs = LiveInputs(wide.conv);
       plan.phases = 1, plan.padding = 0;
       plan.template set_frames<S>(s.T, shape, wide.conv);
       offset.resize(wide.conv.blocks * wide.conv.bi);
@@ -26,7 +27,7 @@ class WideRows {
     int64_t sums() const { return made() ? entries() * wide.conv.bo + wide.conv.O : 0; }  // of dW, then of db
     size_t room(bool backward) const {
       if (!made()) return backward ? Scratch::room<S>(s.T * s.V) : 0;
-      return (backward ? 2 : 1) * (Scratch::room<S>(plan.panel_size(wide.conv)) + Scratch::room<S>(slots * group * plan.ld));
+      return (backward ? 2 : 1) * (Scratch::room<S>(plan.panel_size()) + Scratch::room<S>(slots * group * plan.ld));
     }
   };
   static constexpr int64_t group = 8;  // rows at a time
@@ -35,10 +36,10 @@ class WideRows {
       : t(tables), s(tables.s), to(into),
         streams(into && is_streamed<S>(s.N * (t.made() ? t.wide.conv.I : s.K * s.C) * s.T * s.V)) {
     if (!t.made()) { rows = to ? scratch.take<S>(s.T * s.V) : nullptr; return; }
-    panel = scratch.take<S>(t.plan.panel_size(t.wide.conv));
+    panel = scratch.take<S>(t.plan.panel_size());
     rows = scratch.take<S>(t.slots * group * t.plan.ld);
     if (!to) return;
-    dpanel = scratch.take<S>(t.plan.panel_size(t.wide.conv));
+    dpanel = scratch.take<S>(t.plan.panel_size());
     drows = scratch.take<S>(t.slots * group * t.plan.ld);
     std::memset(drows, 0, t.slots * group * t.plan.ld * sizeof(S));  // behind the pixels it stays so
   }
@@ -46,8 +47,8 @@ class WideRows {
   void enter(int64_t sample) {
     n = sample;
     if (!t.made()) return;
-    pack_panel(t.plan, t.shape, t.wide.conv, t.wide.x, n, 0, panel);
-    if (to) std::memset(dpanel, 0, t.plan.panel_size(t.wide.conv) * sizeof(S));
+    pack_panel(t.plan, t.shape, t.wide.x, n, 0, panel);
+    if (to) std::memset(dpanel, 0, t.plan.panel_size() * sizeof(S));
   }
 
   // Channels [c, c + count) of subset k of the sample: row(i, slot) is channel c + i, until the slot is opened again.
@@ -85,8 +86,11 @@ class WideRows {
     });
   }
   void leave() const {
-    for (int64_t i = 0; t.made() && i < t.wide.conv.I; i++)
-      leave_row(to->x + (n * t.wide.conv.I + i) * s.T * s.V, dpanel + i * t.plan.ld, s.T * s.V, streams);
+    for (int64_t i = 0; t.made() && i < t.wide.conv.I; i++) {
+      S* dx = to->x + (n * t.wide.conv.I + i) * s.T * s.V;
+      if (const int64_t r = t.plan.inputs.row[i]; r < 0) leave_zeros(dx, s.T * s.V, streams);
+      else leave_row(dx, dpanel + r * t.plan.ld, s.T * s.V, streams);
+    }
   }
 
   // The gradients of values and bias from the sums of `chunks` ranges of samples.

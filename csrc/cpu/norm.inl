@@ -200,7 +200,7 @@ void norm_forward(const NormShape& s, View<const S> x, View<const S> residual, c
 
 // g = dy where the ReLUs are open: that at the end by y > 0, if there is a y, that before the residual by computing it again
 // from x. Without a residual the two are one, and no y is needed. dresidual, wherever y is: dy where y > 0.
-// dx = gamma rstd (g - sum g / n - (x - mean) rstd^2 sum g (x - mean) / n).
+// dx = gamma rstd (g - sum g / n - (x - mean) rstd^2 sum g (x - mean) / n). Of rows of dy that are 0 neither x nor y is read.
 template <class S>
 void norm_backward(const NormShape& s, View<const S> dy, View<const S> x, View<const S> y, const S* gamma, const S* beta,
                    const S* mean, const S* rstd, bool open, View<S> dx, View<S> dresidual, S* dgamma, S* dbeta, int threads) {
@@ -209,9 +209,11 @@ void norm_backward(const NormShape& s, View<const S> dy, View<const S> x, View<c
   const int64_t group = norm_group<S>(s, 2, threads);
   auto run = [&](int64_t begin, int64_t end, auto with_open, auto with_y) __attribute__((always_inline)) {
     constexpr bool OPEN = decltype(with_open)::value, Y = decltype(with_y)::value;
-    task_scratch.reserve(Scratch::room<double>(2 * group));
+    task_scratch.reserve(Scratch::room<double>(2 * group) + Scratch::room<char>(group));
     double *sums = task_scratch.take<double>(2 * group), *products = sums + group;
+    char* silent = task_scratch.take<char>(group);  // channels whose dy is 0
     for (int64_t i = 0; i < 2 * group; i++) sums[i] = 0;
+    std::memset(silent, 1, group);
     const auto affine_at = [&](int64_t c) __attribute__((always_inline)) { return Affine<S>(gamma[c] * rstd[c], beta[c], mean[c]); };
     const auto gate = [](const Affine<S>& affine, Vec<S> in, Vec<S> g) __attribute__((always_inline)) {
       if constexpr (OPEN) return positive<S>(affine(in), g);
@@ -223,6 +225,11 @@ void norm_backward(const NormShape& s, View<const S> dy, View<const S> x, View<c
       const S* d = dy.data + n * dy.stride[0] + c * dy.stride[1];
       const S* out = Y ? y.data + n * y.stride[0] + c * y.stride[1] : nullptr;
       S* g = Y ? dresidual.data + n * dresidual.stride[0] + c * dresidual.stride[1] : nullptr;
+      if (all_zeros(d, s.P)) {
+        if (Y) std::memset(g, 0, s.P * sizeof(S));
+        return;
+      }
+      silent[c - begin] = 0;
       row_blocks<S>(s.P, [&](int64_t p, int64_t vectors, int64_t rest) __attribute__((always_inline)) {
         double a, b;
         block_sums<S>(vectors, rest, a, b, [&](int64_t at, int64_t valid, Vec<S>& u, Vec<S>& v) __attribute__((always_inline)) {
@@ -248,6 +255,7 @@ void norm_backward(const NormShape& s, View<const S> dy, View<const S> x, View<c
       const S* from = x.data + n * x.stride[0] + c * x.stride[1];
       const S* g = source.data + n * source.stride[0] + c * source.stride[1];
       S* to = dx.data + n * dx.stride[0] + c * dx.stride[1];
+      if (silent[c - begin]) return leave_zeros(to, s.P, streams);
       sweep_row<S>(s.P, [&](auto read, auto write) __attribute__((always_inline)) {
         const Vec<S> in = read(from);
         write(to, affine.scale * ((gate(affine, in, read(g)) - of_sum) - (in - affine.mean) * of_x));

@@ -24,9 +24,10 @@ INLINE void leave_slope(const Channels<S>& z, int64_t n, int64_t i, int64_t begi
 }
 
 // dz of C channels of N samples from dz' in its place. Where means are folded, dz_v + dz_V / V is the same formula for z_v + z_V / V, of which
-// mean and of_sum count 1 + 1 / V times.
+// mean and of_sum count 1 + 1 / V times. Channels without a row (see LiveInputs; live[c] < 0, null where all have one) have a gradient of zeros
+// already.
 template <class S>
-void apply_slopes(int64_t N, int64_t C, const NormSlope<S>* slope, const Channels<S>& z, int threads) {
+void apply_slopes(int64_t N, int64_t C, const NormSlope<S>* slope, const Channels<S>& z, const int32_t* live, int threads) {
   const int64_t pixels = z.T * z.V, pieces = 4;  // of a sample, so that one sample is work for several threads
   parallel(N * pieces, threads, [&](int64_t task) {
     const int64_t n = task / pieces, piece = task % pieces;
@@ -34,6 +35,7 @@ void apply_slopes(int64_t N, int64_t C, const NormSlope<S>* slope, const Channel
     S* room = z.take_room(task_scratch);
     S* folded = task_scratch.take<S>(z.mean ? pixels : 0);
     for (int64_t c = piece * C / pieces; c < (piece + 1) * C / pieces; c++) {
+      if (live && live[c] < 0) continue;
       NormSlope<S> own = slope[c];
       const S* row = z.row(n, c, 0, z.T, room);
       if (z.mean) {
@@ -67,10 +69,11 @@ struct NormedBackward {
 
   NormedBackward(const NormedConv<S>& conv_, const Upper& upper_)
       : conv(conv_), upper(upper_), s(conv_.s), p(conv_.p), gathers(conv_.p.bo < 4) {
+    plan.inputs = LiveInputs(p);
     plan.phases = s.stride;
     plan.padding = (p.K - 1) / 2 * s.dilation;
     carried = (p.K - 1) * s.dilation / s.stride;
-    const int64_t budget = 1000 * 1024, frame = 2 * max64(p.I, p.O) * plan.phases * s.V * (int64_t)sizeof(S);
+    const int64_t budget = 1000 * 1024, frame = 2 * max64(plan.inputs.count(), p.O) * plan.phases * s.V * (int64_t)sizeof(S);
     const int64_t most = max64(budget / frame - carried, 6);
     plan.tiles = ceil_div(s.T_out, most);
     plan.set_frames<S>(ceil_div(s.T_out, plan.tiles), s, p);
@@ -79,9 +82,9 @@ struct NormedBackward {
     held = plan.frames + 2 * lead + 1;
   }
   int64_t dy_ld() const { return row_length<S>(held * s.V); }
-  int64_t dpanel_size() const { return gathers ? p.O * dy_ld() : plan.panel_size(p); }
+  int64_t dpanel_size() const { return gathers ? p.O * dy_ld() : plan.panel_size(); }
   size_t room() const {
-    return Scratch::room<S>(plan.panel_size(p)) + Scratch::room<S>(dpanel_size()) + Scratch::room<S>(p.bo * ldy) +
+    return Scratch::room<S>(plan.panel_size()) + Scratch::room<S>(dpanel_size()) + Scratch::room<S>(p.bo * ldy) +
            2 * Scratch::room<S>(row_size()) + Scratch::room<S>(ldy) + conv.z.room();
   }
   // Where tap k of input frame q of a tile is found in a row of dy, or -1.
@@ -94,7 +97,7 @@ struct NormedBackward {
   int64_t row_size() const { return (plan.plane_frames + 1) * plan.phases * s.V + lanes<S>; }
 
   void run(int64_t n, const int32_t* offset, const TransposedEntries<S>& entries, S* dw, S* dbias, SlopeSums* sums) const {
-    S* panel = task_scratch.take<S>(plan.panel_size(p));
+    S* panel = task_scratch.take<S>(plan.panel_size());
     S* dpanel = task_scratch.take<S>(dpanel_size());
     S* rows = task_scratch.take<S>(p.bo * ldy);
     S* first_row = task_scratch.take<S>(row_size());
@@ -102,20 +105,21 @@ struct NormedBackward {
     S* phase_row = task_scratch.take<S>(ldy);
     S* room = conv.z.take_room(task_scratch);
     if (gathers) return run_gathers(n, offset, entries, panel, dpanel, rows, first_row, second_row, phase_row, room, dw, dbias, sums);
-    std::memset(dpanel, 0, plan.panel_size(p) * sizeof(S));
+    std::memset(dpanel, 0, plan.panel_size() * sizeof(S));
     for (int64_t t0 = 0; t0 < s.T_out; t0 += plan.frames) {
       const int64_t frames = min64(plan.frames, s.T_out - t0);
       if (t0) carry(panel), carry(dpanel);
-      pack_normed(plan, s, p, conv.z, conv.norm, n, t0, t0 ? carried : 0, room, panel);
+      pack_normed(plan, s, conv.z, conv.norm, n, t0, t0 ? carried : 0, room, panel);
       for (int64_t g = 0; g < p.rows; g++) {
         const int64_t live = live_rows(p, g), c = g * p.bo, e = p.row_ptr[g] * p.bi;
         upper.pack(n, c, live, t0 * s.V, frames * s.V, rows, ldy);
         scatter_row(dpanel, block_row(p, g, offset, conv.values), live, rows, ldy, frames * s.V);
         Ahead<S> ahead;
         if (g + 1 < p.rows) upper.ahead(ahead, n, c + p.bo, live_rows(p, g + 1), t0 * s.V, frames * s.V);
-        const int64_t i = g * p.I / p.rows, z_frame = (t0 + plan.frames + carried) * s.stride - plan.padding;  // first of the next tile
-        ahead.add(conv.z.at(n, i, z_frame), (g + 1) * p.I / p.rows - i, s.T * conv.z.V,
-                  (min64(s.T, z_frame + plan.frames * s.stride) - z_frame) * conv.z.V);
+        const int64_t z_frame = (t0 + plan.frames + carried) * s.stride - plan.padding;  // first of the next tile
+        const int64_t r = g * plan.inputs.count() / p.rows, share = (g + 1) * plan.inputs.count() / p.rows - r;
+        ahead.add(conv.z.at(n, 0, z_frame), share, s.T * conv.z.V,
+                  (min64(s.T, z_frame + plan.frames * s.stride) - z_frame) * conv.z.V, plan.inputs.channel.data() + r);
         const int64_t count = (p.row_ptr[g + 1] - p.row_ptr[g]) * p.bi;
         ahead.spread(dot_calls<S>(count, frames * s.V));
         dot_row(panel, offset + e, count, p.bo, live, rows, ldy, frames * s.V, dw + e * p.bo, ahead);
@@ -124,9 +128,12 @@ struct NormedBackward {
       const bool last = t0 + frames == s.T_out;
       const int64_t begin = max64(0, t0 * s.stride - plan.padding);
       const int64_t finish = last ? s.T : min64(s.T, (t0 + frames) * s.stride - plan.padding);
-      for (int64_t i = 0; i < p.I && begin < finish; i++)
-        leave(n, i, begin, finish, frames_of(panel + i * plan.ld, t0, begin, finish, first_row),
-              frames_of(dpanel + i * plan.ld, t0, begin, finish, second_row), second_row, room, sums);
+      for (int64_t i = 0; i < p.I && begin < finish; i++) {
+        const int64_t r = plan.inputs.row[i];
+        if (r < 0) conv.z.leave_zeros_of(n, i, begin, finish);
+        else leave(n, i, begin, finish, frames_of(panel + r * plan.ld, t0, begin, finish, first_row),
+                   frames_of(dpanel + r * plan.ld, t0, begin, finish, second_row), second_row, room, sums);
+      }
     }
   }
 
@@ -135,7 +142,7 @@ struct NormedBackward {
     for (int64_t t0 = 0; t0 < s.T_out; t0 += plan.frames) {
       const int64_t frames = min64(plan.frames, s.T_out - t0), pixels = frames * s.V, whole = ceil_div(pixels, lanes<S>) * lanes<S>;
       if (t0) carry(panel);
-      pack_normed(plan, s, p, conv.z, conv.norm, n, t0, t0 ? carried : 0, room, panel);
+      pack_normed(plan, s, conv.z, conv.norm, n, t0, t0 ? carried : 0, room, panel);
       pack_dy(n, t0, dpanel);
       for (int64_t g = 0; g < p.rows; g++) {
         const int64_t live = live_rows(p, g), c = g * p.bo, e = p.row_ptr[g] * p.bi;
@@ -148,6 +155,11 @@ struct NormedBackward {
       }
       const int64_t begin = t0 * s.stride, end = min64(s.T, (t0 + frames) * s.stride);
       for (int64_t i = 0; i < p.I; i++) {
+        const int64_t r = plan.inputs.row[i];
+        if (r < 0) {
+          conv.z.leave_zeros_of(n, i, begin, end);
+          continue;
+        }
         for (int64_t q = 0; q < s.stride; q++) {
           const int32_t* at = entries.ptr + i * s.stride + q;
           S* made = s.stride == 1 ? second_row : phase_row;
@@ -155,7 +167,7 @@ struct NormedBackward {
           for (int64_t j = 0; s.stride > 1 && begin + j * s.stride + q < end; j++)
             std::memcpy(second_row + (j * s.stride + q) * s.V, phase_row + j * s.V, s.V * sizeof(S));
         }
-        leave(n, i, begin, end, frames_of(panel + i * plan.ld, t0, begin, end, first_row), second_row, second_row, room, sums);
+        leave(n, i, begin, end, frames_of(panel + r * plan.ld, t0, begin, end, first_row), second_row, second_row, room, sums);
       }
     }
   }
@@ -172,7 +184,7 @@ struct NormedBackward {
   }
 
   void carry(S* panel) const {
-    for (int64_t i = 0; i < p.I; i++)
+    for (int64_t i = 0; i < plan.inputs.count(); i++)
       for (int64_t q = 0; q < plan.phases; q++) {
         S* row = panel + i * plan.ld + q * plan.plane;
         std::memmove(row, row + plan.frames * s.V, carried * s.V * sizeof(S));

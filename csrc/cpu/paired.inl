@@ -51,14 +51,14 @@ void paired_forward(const TemporalShape& s, const Pattern& p, View<const Bfloat1
   call_scratch.reserve(Scratch::room<int32_t>(p.blocks * p.bi) + Pairs::room(p));
   int32_t* offset = call_scratch.take<int32_t>(p.blocks * p.bi);
   plan.offsets(s, p, offset);
-  const Pairs pairs(p, offset, values, (int32_t)(p.I * plan.ld), call_scratch);
+  const Pairs pairs(p, offset, values, (int32_t)plan.zeros(), call_scratch);
   const int64_t sweep = 256;  // pixels that all block rows sweep before the next ones
   parallel(s.N * plan.tiles, threads, [&](int64_t task) {
     const int64_t n = task / plan.tiles, t0 = task % plan.tiles * plan.frames;
     const int64_t pixels = min64(plan.frames, s.T_out - t0) * s.V, ldy = s.T_out * s.V;
-    task_scratch.reserve(Scratch::room<Bfloat16>(plan.panel_size(p)));
-    Bfloat16* panel = task_scratch.take<Bfloat16>(plan.panel_size(p));
-    pack_panel(plan, s, p, x, n, t0, panel);
+    task_scratch.reserve(Scratch::room<Bfloat16>(plan.panel_size()));
+    Bfloat16* panel = task_scratch.take<Bfloat16>(plan.panel_size());
+    pack_panel(plan, s, x, n, t0, panel);
     for (int64_t at = 0; at < pixels; at += sweep)
       for (int64_t g = 0; g < p.rows; g++)
         row_pieces(live_rows(p, g), [&](auto r, int64_t o) __attribute__((always_inline)) {

@@ -4,7 +4,7 @@ template <class S, class A>
 void pointwise_backward(const TemporalShape& s, const Pattern& p, View<const A> x, View<const A> dy, const Lasso<S>& lasso,
                         A* dx, S* dw, S* dbias, int threads) {
   TemporalPlan plan = TemporalPlan::make<S>(s, p, fixed_threads, fixed_tasks);
-  plan.frames = tile_frames(s.T, 2 * p.I + p.bo, s.V, sizeof(S), s.N, fixed_threads, fixed_tasks);
+  plan.frames = tile_frames(s.T, 2 * plan.inputs.count() + p.bo, s.V, sizeof(S), s.N, fixed_threads, fixed_tasks);
   plan.tiles = ceil_div(s.T, plan.frames);
   plan.set_frames<S>(plan.frames, s, p);
   const int64_t entries = p.blocks * p.bi, size = entries * p.bo, tasks = s.N * plan.tiles;
@@ -20,14 +20,14 @@ void pointwise_backward(const TemporalShape& s, const Pattern& p, View<const A> 
     S* bias = partial_bias + chunk * p.O;
     std::memset(sum, 0, size * sizeof(S));
     std::memset(bias, 0, p.O * sizeof(S));
-    task_scratch.reserve(2 * Scratch::room<S>(plan.panel_size(p)) + Scratch::room<S>(p.bo * ldy));
-    S* panel = task_scratch.take<S>(plan.panel_size(p));
-    S* gradient = task_scratch.take<S>(plan.panel_size(p));
+    task_scratch.reserve(2 * Scratch::room<S>(plan.panel_size()) + Scratch::room<S>(p.bo * ldy));
+    S* panel = task_scratch.take<S>(plan.panel_size());
+    S* gradient = task_scratch.take<S>(plan.panel_size());
     S* rows = task_scratch.take<S>(p.bo * ldy);
     for (int64_t task = chunk * tasks / chunks; task < (chunk + 1) * tasks / chunks; task++) {
       const int64_t n = task / plan.tiles, t0 = task % plan.tiles * plan.frames, frames = min64(plan.frames, s.T - t0);
-      pack_panel(plan, s, p, x, n, t0, panel);
-      std::memset(gradient, 0, plan.panel_size(p) * sizeof(S));
+      pack_panel(plan, s, x, n, t0, panel);
+      std::memset(gradient, 0, plan.panel_size() * sizeof(S));
       for (int64_t g = 0; g < p.rows; g++) {
         const int64_t live = live_rows(p, g), e = p.row_ptr[g] * p.bi, count = (p.row_ptr[g + 1] - p.row_ptr[g]) * p.bi;
         if (!count && !dbias) continue;
@@ -36,8 +36,11 @@ void pointwise_backward(const TemporalShape& s, const Pattern& p, View<const A> 
         dot_row(panel, offset + e, count, p.bo, live, rows, ldy, frames * s.V, sum + e * p.bo);
         for (int64_t o = 0; o < live; o++) bias[g * p.bo + o] += sum_row(rows + o * ldy, frames * s.V);
       }
-      for (int64_t i = 0; i < p.I; i++)
-        leave_row(dx + ((n * p.I + i) * s.T + t0) * s.V, gradient + i * plan.ld, frames * s.V, streams);
+      for (int64_t i = 0; i < p.I; i++) {
+        A* to = dx + ((n * p.I + i) * s.T + t0) * s.V;
+        if (const int64_t r = plan.inputs.row[i]; r < 0) leave_zeros(to, frames * s.V, streams);
+        else leave_row(to, gradient + r * plan.ld, frames * s.V, streams);
+      }
     }
     end_stream();
     clear_ragged(p, sum);

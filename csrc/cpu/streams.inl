@@ -34,6 +34,21 @@ INLINE void leave_row(S* to, const S* row, int64_t pixels, bool streams) {
 template <class S, class A>
 INLINE void leave_row(A* to, const S* row, int64_t pixels, bool) { convert(row, pixels, to); }
 
+// The same for a row of zeros.
+template <class A>
+INLINE void leave_zeros(A* to, int64_t pixels, bool streams) {
+  if constexpr (std::is_same_v<A, float> || std::is_same_v<A, double>)
+    if (streams) return stream_pixels(to, pixels, [](auto) __attribute__((always_inline)) { return Vec<A>{}; });
+  std::memset((void*)to, 0, pixels * sizeof(A));
+}
+
+// Whether a row holds nothing but 0, of one sign. The gradient of channels that no live block reads does: what would follow from
+// it need not be computed.
+template <class S>
+INLINE bool all_zeros(const S* row, int64_t pixels) {
+  return pixels == 0 || (row[0] == 0 && !std::memcmp(row, row + 1, (pixels - 1) * sizeof(S)));
+}
+
 // Where sums of rows go that a tensor of A takes: to `room`, until `finish`, or, if the tensor stores S and is not streamed,
 // to the tensor itself.
 template <class S, class A>

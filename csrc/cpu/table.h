@@ -206,11 +206,12 @@ struct Ops : Convolutions<S, S> {
                        const S* weight, const S* bias, const S* alpha, const S* A, View<const S> dy, S* dx12,
                        const WideGradient<S>& dx3, S* dweight, S* dbias, S* dalpha, S* dA, int threads);
   // With a norm relu(norm(x)) takes the place of x, and mean, rstd and variance are written forward; gamma == nullptr: there is none.
-  void (*dg_forward)(const DynamicShape&, GroupView<const S> x, const BlockNorm<S>&, View<const S> x1, View<const S> x2,
-                     const S* alpha, const S* beta, const S* A, S* y, int threads);
-  void (*dg_backward)(const DynamicShape&, GroupView<const S> x, const BlockNorm<S>&, View<const S> x1, View<const S> x2,
-                      const S* alpha, const S* beta, const S* A, GroupView<const S> dy, S* dx, S* dx1, S* dx2, S* dalpha,
-                      S* dbeta, S* dA, S* dgamma, S* dshift, int threads);
+  // Nobody reads channels of y whose `read` is below 0: y, their dy and what follows from it are zeros; nullptr: all are read.
+  void (*dg_forward)(const DynamicShape&, GroupView<const S> x, const BlockNorm<S>&, const int32_t* read, View<const S> x1,
+                     View<const S> x2, const S* alpha, const S* beta, const S* A, S* y, int threads);
+  void (*dg_backward)(const DynamicShape&, GroupView<const S> x, const BlockNorm<S>&, const int32_t* read, View<const S> x1,
+                      View<const S> x2, const S* alpha, const S* beta, const S* A, GroupView<const S> dy, S* dx, S* dx1, S* dx2,
+                      S* dalpha, S* dbeta, S* dA, S* dgamma, S* dshift, int threads);
 
   // residual may have data == nullptr, and y and dresidual of the backward pass both; variance: unbiased, or
   // nullptr: mean and rstd are given.

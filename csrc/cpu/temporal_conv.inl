@@ -11,13 +11,15 @@ INLINE bool by_columns(const Pattern& p) { return p.bo < 4 && p.K > 1; }
 
 struct TemporalPlan {
   int64_t phases, frames, plane_frames, tiles, plane, ld, padding;
+  LiveInputs inputs;
 
   template <class S>
   static TemporalPlan make(const TemporalShape& s, const Pattern& p, int64_t threads, int64_t tasks) {
     TemporalPlan r;
+    r.inputs = LiveInputs(p);
     r.phases = p.K == 1 ? 1 : s.stride;
     r.padding = (p.K - 1) / 2 * s.dilation;
-    r.frames = tile_frames(s.T_out, max64(p.I, p.O) * r.phases, s.V, sizeof(S), s.N, threads, tasks);
+    r.frames = tile_frames(s.T_out, max64(r.inputs.count(), p.O) * r.phases, s.V, sizeof(S), s.N, threads, tasks);
     r.tiles = ceil_div(s.T_out, r.frames);
     r.set_frames<S>(r.frames, s, p);
     return r;
@@ -29,26 +31,27 @@ struct TemporalPlan {
     plane = row_length<S>(plane_frames * s.V);
     ld = phases * plane;
   }
-  // Offset of every entry; the ragged edge's entries, whose weights are 0, read row I, which is all zeros.
+  // Offset of every entry; the ragged edge's entries, whose weights are 0, read the last row, which is all zeros.
   void offsets(const TemporalShape& s, const Pattern& p, int32_t* offset) const {
     for (int64_t b = 0; b < p.blocks; b++) {
       const int64_t shift = p.tap[b] * s.dilation, at = shift % s.stride * plane + shift / s.stride * s.V;
-      for (int64_t j = 0; j < p.bi; j++) *offset++ = (int32_t)(min64(p.input[b] * p.bi + j, p.I) * ld + at);
+      for (int64_t i = p.input[b] * p.bi, end = i + p.bi; i < end; i++)
+        *offset++ = (int32_t)((i < p.I ? inputs.row[i] * ld : zeros()) + at);
     }
   }
-  int64_t panel_size(const Pattern& p) const { return (p.I + 1) * ld; }
+  int64_t zeros() const { return inputs.count() * ld; }
+  int64_t panel_size() const { return zeros() + ld; }
 };
 
 template <class S, class A>
-void pack_panel(const TemporalPlan& plan, const TemporalShape& s, const Pattern& p, const View<const A>& x, int64_t n,
-                int64_t t0, S* panel) {
-  for (int64_t i = 0; i < p.I; i++)
+void pack_panel(const TemporalPlan& plan, const TemporalShape& s, const View<const A>& x, int64_t n, int64_t t0, S* panel) {
+  for (int64_t r = 0; r < plan.inputs.count(); r++)
     for (int64_t q = 0; q < plan.phases; q++) {
-      S* row = panel + i * plan.ld + q * plan.plane;
-      copy_frames(x, n, i, s.T, s.V, t0 * s.stride + q - plan.padding, s.stride, plan.plane_frames, row);
+      S* row = panel + r * plan.ld + q * plan.plane;
+      copy_frames(x, n, plan.inputs.channel[r], s.T, s.V, t0 * s.stride + q - plan.padding, s.stride, plan.plane_frames, row);
       std::memset(row + plan.plane_frames * s.V, 0, (plan.plane - plan.plane_frames * s.V) * sizeof(S));
     }
-  std::memset(panel + p.I * plan.ld, 0, plan.ld * sizeof(S));
+  std::memset(panel + plan.zeros(), 0, plan.ld * sizeof(S));
 }
 
 // Pixels that all block rows sweep before the next ones: the columns of the panel that they touch stay in L1 and L2.
@@ -85,10 +88,10 @@ void temporal_forward(const TemporalShape& s, const Pattern& p, View<const A> x,
   const int64_t sweep = panel_sweep<S>(p, streams);
   parallel(s.N * plan.tiles, threads, [&](int64_t task) {
     const int64_t n = task / plan.tiles, t0 = task % plan.tiles * plan.frames, ldy = s.T_out * s.V;
-    task_scratch.reserve(Scratch::room<S>(plan.panel_size(p)) + Scratch::room<S>(p.bo * sweep));
-    S* panel = task_scratch.take<S>(plan.panel_size(p));
+    task_scratch.reserve(Scratch::room<S>(plan.panel_size()) + Scratch::room<S>(p.bo * sweep));
+    S* panel = task_scratch.take<S>(plan.panel_size());
     S* room = task_scratch.take<S>(p.bo * sweep);
-    pack_panel(plan, s, p, x, n, t0, panel);
+    pack_panel(plan, s, x, n, t0, panel);
     sweep_panel(p, offset, values, bias, panel, min64(plan.frames, s.T_out - t0) * s.V, sweep, streams, room,
                 y + n * p.O * ldy + t0 * s.V, ldy);
     end_stream();
@@ -114,23 +117,25 @@ void scatter_tiles(const TemporalShape& s, const Pattern& p, A* dx, int threads,
     const int64_t n = task / plan.tiles, a = task % plan.tiles * tile, b = min64(s.T, a + tile);
     const int64_t first = max64(0, ceil_div(a + plan.padding - reach, s.stride));
     const int64_t last = min64(s.T_out, (b - 1 + plan.padding) / s.stride + 1), frames = max64(0, last - first);
-    task_scratch.reserve(Scratch::room<S>(plan.panel_size(p)) + Scratch::room<S>(p.bo * ldy));
-    S* panel = task_scratch.take<S>(plan.panel_size(p));
+    task_scratch.reserve(Scratch::room<S>(plan.panel_size()) + Scratch::room<S>(p.bo * ldy));
+    S* panel = task_scratch.take<S>(plan.panel_size());
     S* rows = task_scratch.take<S>(p.bo * ldy);
-    std::memset(panel, 0, plan.panel_size(p) * sizeof(S));
+    std::memset(panel, 0, plan.panel_size() * sizeof(S));
     for (int64_t g = 0; g < p.rows && frames; g++) scatter(n, g, first, frames, offset, panel, rows, ldy);
     if (s.stride == 1 && a + plan.padding >= first && b + plan.padding - first <= plan.plane_frames) {  // one run
-      for (int64_t i = 0; i < p.I; i++)
-        leave_row(dx + ((n * p.I + i) * s.T + a) * s.V, panel + i * plan.ld + (a + plan.padding - first) * s.V, (b - a) * s.V,
-                  streams);
+      for (int64_t i = 0; i < p.I; i++) {
+        A* to = dx + ((n * p.I + i) * s.T + a) * s.V;
+        if (const int64_t r = plan.inputs.row[i]; r < 0) leave_zeros(to, (b - a) * s.V, streams);
+        else leave_row(to, panel + r * plan.ld + (a + plan.padding - first) * s.V, (b - a) * s.V, streams);
+      }
       return end_stream();
     }
     for (int64_t i = 0; i < p.I; i++)
-      for (int64_t t = a; t < b; t++) {
+      for (int64_t t = a, r = plan.inputs.row[i]; t < b; t++) {
         const int64_t padded = t + plan.padding - first * s.stride, q = padded % s.stride, at = padded / s.stride;
         A* to = dx + ((n * p.I + i) * s.T + t) * s.V;
-        if (padded < 0 || q >= plan.phases || at >= plan.plane_frames) std::memset(to, 0, s.V * sizeof(A));
-        else convert(panel + i * plan.ld + q * plan.plane + at * s.V, s.V, to);
+        if (r < 0 || padded < 0 || q >= plan.phases || at >= plan.plane_frames) std::memset(to, 0, s.V * sizeof(A));
+        else convert(panel + r * plan.ld + q * plan.plane + at * s.V, s.V, to);
       }
   });
 }
@@ -161,12 +166,12 @@ void temporal_dw(const TemporalShape& s, const Pattern& p, View<const A> x, View
     S* bias = partial_bias + chunk * p.O;
     std::memset(sum, 0, size * sizeof(S));
     std::memset(bias, 0, p.O * sizeof(S));
-    task_scratch.reserve(Scratch::room<P>(plan.panel_size(p)) + Scratch::room<P>(p.bo * ldy));
-    P* panel = task_scratch.take<P>(plan.panel_size(p));
+    task_scratch.reserve(Scratch::room<P>(plan.panel_size()) + Scratch::room<P>(p.bo * ldy));
+    P* panel = task_scratch.take<P>(plan.panel_size());
     P* rows = task_scratch.take<P>(p.bo * ldy);
     for (int64_t task = chunk * tasks / chunks; task < (chunk + 1) * tasks / chunks; task++) {
       const int64_t n = task / plan.tiles, t0 = task % plan.tiles * plan.frames, frames = min64(plan.frames, s.T_out - t0);
-      pack_panel(plan, s, p, x, n, t0, panel);
+      pack_panel(plan, s, x, n, t0, panel);
       for (int64_t g = 0; g < p.rows; g++) {
         pack_rows(dy, n, g * p.bo, live_rows(p, g), s.T_out, s.V, t0, frames, rows, ldy);
         const int64_t e = p.row_ptr[g] * p.bi;

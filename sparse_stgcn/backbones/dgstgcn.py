@@ -56,7 +56,9 @@ class GroupGraphUnit(SharingUnit):
         if all(map(unwatched, (self.pre, bn, relu))):
             z = conv(x)
             if norm_fuses(bn, z):
-                y, batch_mean, variance = dg_unit(z, bn.weight, bn.bias, *graphs, bn.eps)
+                post = self.post.live_pattern if unwatched(self.post) else None
+                read = None if post is None else post.inputs_read()
+                y, batch_mean, variance = dg_unit(z, bn.weight, bn.bias, *graphs, bn.eps, read)
                 track(bn, batch_mean, variance)
                 return y
             inner = run_units([bn, relu], z)

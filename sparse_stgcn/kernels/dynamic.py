@@ -193,7 +193,7 @@ def _fake_dg(x: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor, A: 
 def _dg(x: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor, A: Tensor) -> Tensor:
     y, A = _fake_dg(x, x1, x2, alpha, beta, A), A.contiguous()
     _native.module.dg_forward(x.dtype == torch.float64, dg_sizes(x), addresses(x, x1, x2, alpha, beta, A, y),
-                              strides(x, x1, x2), [], 0.0, torch.get_num_threads())
+                              strides(x, x1, x2), [], 0, 0.0, torch.get_num_threads())
     return y
 
 
@@ -206,6 +206,6 @@ def _fake_dg_backward(dy: Tensor, x: Tensor, x1: Tensor, x2: Tensor, alpha: Tens
 def _dg_backward(dy: Tensor, x: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor, A: Tensor) -> tuple[Tensor, ...]:
     gradients, A = _fake_dg_backward(dy, x, x1, x2, alpha, beta, A), A.contiguous()
     _native.module.dg_backward(x.dtype == torch.float64, dg_sizes(x),
-                               addresses(x, x1, x2, alpha, beta, A, dy, *gradients), strides(x, x1, x2, dy), [],
+                               addresses(x, x1, x2, alpha, beta, A, dy, *gradients), strides(x, x1, x2, dy), [], 0,
                                torch.get_num_threads())
     return gradients

@@ -140,6 +140,14 @@ class BlockPattern:
                 self._cache["mask"] = full[:o, :i].contiguous()
         return self._cache["mask"]
 
+    def inputs_read(self) -> Tensor | None:
+        """Int32 (I,), 0 for every input that a live block reads and -1 for the others; None if all are read."""
+        if "read" not in self._cache:
+            with torch.inference_mode(False):
+                read = self.blocks().any(2).any(0).repeat_interleave(self.block[1])[:self.shape[1]]
+                self._cache["read"] = None if bool(read.all()) else read.int() - 1
+        return self._cache["read"]
+
     def within(self, outer: BlockPattern) -> Tensor:
         """Int64 (nnz,): the position of each block among those of ``outer``, so that values = outer_values[position].
 
