@@ -56,6 +56,7 @@ class Fused {
     g.x1 = size(d, "x1"), g.x2 = size(d, "x2"), g.joint_ld = size(d, "joint_ld"), g.maps = size(d, "maps");
     g.graph = size(d, "graph"), g.work = size(d, "work"), g.mix_bo = size(d, "mix_bo");
     g.adjacency = array<float>(d, "adjacency"), g.scale = array<float>(d, "scale");
+    g.read = array<int32_t>(d, "read");
     g.live_row = array<int32_t>(d, "live_row", &g.live), g.mix_ptr = array<int32_t>(d, "mix_ptr");
     g.mix_offset = array<int32_t>(d, "mix_offset"), g.mix_weight = array<float>(d, "mix_weight");
     g.mix_bias = array<float>(d, "mix_bias");

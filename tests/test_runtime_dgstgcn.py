@@ -23,3 +23,11 @@ def test_any_number_of_persons(persons):
 def test_other_forms_of_the_network(kwargs):
     for sparsity in (0.0, 0.8):
         assert_same(network(sparsity, **kwargs), keypoint(2, 21))
+
+
+@pytest.mark.parametrize("sparsity", [0.95, 0.99])
+def test_products_that_nothing_reads_are_not_made(sparsity):
+    model = network(sparsity)
+    read = [block.gcn.post.pattern.inputs_read() for block in model.backbone.blocks]
+    assert sum(r is not None for r in read) == len(read)
+    assert_same(model, keypoint(2, 21))

@@ -12,6 +12,7 @@ struct FusedGraphs {
   int64_t maps = 0, graph = 0, work = 0;  // room for the tanh maps, for graphs, for two rows
   const float* adjacency = nullptr;       // (K, V, joint_ld)
   const float* scale = nullptr;           // kDg: alpha, beta
+  const int32_t* read = nullptr;          // kDg: of every channel, below 0 where nothing reads it
   int64_t live = 0;                       // kCtr: tanh maps that a block of conv4 reads
   const int32_t* live_row = nullptr;      // their rows of x1 and x2
   int64_t mix_bo = 1;                     // kCtr: alpha * conv4 by (subset, block row); offsets from `maps`; bias (K, rows)

@@ -25,6 +25,8 @@ class DGSTGCNProgram(BranchedProgram):
         x1, x2 = (self.arena.take(inner * ld) for _ in range(2))
         for part, start in ((unit.conv1, x1), (unit.conv2, x2)):
             self.pointwise(part, *unit_gain(inner), means, (start, ld), 1, joints=ld)
+        live = unit.post.pattern if unit.post.values is not None else None
+        read = None if live is None else live.inputs_read()
         gain, shift = fold(unit.pre[1])
         entries, ldp = Entries.of(unit.pre[0], gain), row_length(frames * joints)
         entries.place(x[0] + entries.input[0] * x[1])
@@ -32,7 +34,8 @@ class DGSTGCNProgram(BranchedProgram):
             "kind": DG, "frames": frames, "subsets": unit.subsets, **entries.step(),
             "bias": bias_of(unit.pre[0], gain, shift).numpy(), "dst": products[0], "dst_ld": products[1],
             "scratch": self.arena.take(_CHANNELS * ldp), "scratch_ld": ldp, "x1": x1, "x2": x2, "joint_ld": ld,
-            "maps": self.arena.take(joints * ld), "graph": self.arena.take(joints * ld), "work": self.arena.take(2 * ld),
+            "read": np.zeros(inner, np.int32) if read is None else read.numpy(), "maps": self.arena.take(joints * ld),
+            "graph": self.arena.take(joints * ld), "work": self.arena.take(2 * ld),
             "adjacency": padded_maps(unit.A, ld).numpy(), "scale": torch.stack([unit.alpha[0], unit.beta[0]]).numpy()})
         gain, shift = fold(unit.bn)
         merged, bias = Entries.of(unit.post, gain), bias_of(unit.post, gain, shift)
