@@ -123,3 +123,15 @@ def test_every_block_is_gathered_as_any_other(block):
     dy = normal(*values.shape, seed=2, dtype=torch.float64)
     assert torch.equal(*(torch.autograd.grad(v, dense, dy)[0] for v in (values, indexed)))
     assert torch.equal(pattern.scatter(values), dense)
+
+
+@pytest.mark.parametrize(("shape", "block"), [((64, 64, 1), (64, 64)), ((16, 5, 1), (1, 1)), ((8, 1, 1), (8, 1)),
+                                              ((1, 8, 3), (1, 1))])
+def test_what_is_gathered_is_a_copy(shape, block):
+    """Contiguous, as kernels take it, also where a permutation could be a view; a change of it leaves the weight as it was."""
+    dense = normal(*shape, seed=1)
+    before = dense.clone()
+    values = BlockPattern.full(shape, block).gather(dense)
+    assert values.is_contiguous() and values.data_ptr() != dense.data_ptr()
+    values.zero_()
+    assert torch.equal(dense, before)

@@ -173,7 +173,8 @@ class BlockPattern:
         if self.num_blocks == math.prod(self._grid):  # every block lives: a permutation, whose gradient is one too
             (rows, cols, taps), (bo, bi) = self._grid, self.block
             whole = F.pad(dense, (0, 0, 0, cols * bi - self.shape[1], 0, rows * bo - self.shape[0])) if self._ragged else dense
-            return whole.reshape(rows, bo, cols, bi, taps).permute(0, 4, 2, 3, 1).reshape(self.values_shape)
+            ordered = whole.reshape(rows, bo, cols, bi, taps).permute(0, 4, 2, 3, 1)
+            return ordered.clone(memory_format=torch.contiguous_format).view(self.values_shape)  # never a view of ``dense``
         index = self._flat_index()
         values = dense.reshape(-1)[index.clamp(min=0)]
         return values.masked_fill(index < 0, 0) if self._ragged else values
