@@ -56,7 +56,8 @@ class GroupGraphUnit(SharingUnit):
         if all(map(unwatched, (self.pre, bn, relu))):
             z = conv(x)
             if norm_fuses(bn, z):
-                post = self.post.live_pattern if unwatched(self.post) else None
+                # Which inputs are read is no matter of a trace: it is asked of the pattern's numbers.
+                post = self.post.live_pattern if unwatched(self.post) and not torch.compiler.is_compiling() else None
                 read = None if post is None else post.inputs_read()
                 y, batch_mean, variance = dg_unit(z, bn.weight, bn.bias, *graphs, bn.eps, read)
                 track(bn, batch_mean, variance)

@@ -25,8 +25,8 @@ class DGSTGCNProgram(BranchedProgram):
         x1, x2 = (self.arena.take(inner * ld) for _ in range(2))
         for part, start in ((unit.conv1, x1), (unit.conv2, x2)):
             self.pointwise(part, *unit_gain(inner), means, (start, ld), 1, joints=ld)
-        live = unit.post.pattern if unit.post.values is not None else None
-        read = None if live is None else live.inputs_read()
+        post = unit.post.live_pattern
+        read = None if post is None else post.inputs_read()
         gain, shift = fold(unit.pre[1])
         entries, ldp = Entries.of(unit.pre[0], gain), row_length(frames * joints)
         entries.place(x[0] + entries.input[0] * x[1])
