@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+from statistics import median
 
 import pytest
 import torch
@@ -63,9 +64,9 @@ def test_a_step_is_that_of_torch(backbone, stage, longest, monkeypatch):
     assert not ran
     exact = step(model.double(), x.double(), label)
     scales = {name: float(t.abs().max()) + 1e-3 for name, t in exact.items()}
-    worst = [max(float((result[name] - t).abs().max()) / scales[name] for name, t in exact.items())
-             for result in (blocks, plain)]
-    assert worst[0] < max(2e-3, 3 * worst[1])
+    errors = [[float((result[name] - t).abs().max()) / scales[name] for name, t in exact.items()] for result in (blocks, plain)]
+    # A ReLU that a rounding error turns may change single gradients by much, for torch as for us.
+    assert median(errors[0]) < max(1e-6, 5 * median(errors[1])) and max(errors[0]) < max(1e-4, 5 * max(errors[1]))
 
 
 @native
