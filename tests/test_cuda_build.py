@@ -45,7 +45,9 @@ def short(mangled: str) -> str:
         return f"gather {found[1] or found[2]} {found[3]} {KINDS[int(found[4])]}"
     if found := re.match(weights, mangled):
         return f"weights {found[1] or ('Exact' if found[2] else 'Tf32')} {found[3]} {KINDS[int(found[4])]}"
-    if found := re.match(r"\d+((?:mix|outer)_kernel|sum_shares|sum_splits)I(?:\d(b?f16)|f)E", mangled):
+    if found := re.match(r"12outer_kernelINS1_\d+Outer(OnFma|OnMatrixUnit)E(?:\d(b?f16)|f)E", mangled):
+        return f"outer {found[1]} {found[2] or 'float'}"
+    if found := re.match(r"\d+(mix_kernel|sum_shares|sum_splits)I(?:\d(b?f16)|f)E", mangled):
         return f"{found[1]} {found[2] or 'float'}"
     return next((name for name in ("plan_slots", "plan_live_rows") if name in mangled), mangled)
 
@@ -56,11 +58,11 @@ GATHERS = {
     for rows in (8, 16, 32)
     for kind in KINDS
 }
-WEIGHTS = {f"weights {a} {eights} {kind}" for a in ("bf16", "f16", "Tf32") for eights in (1, 2) for kind in KINDS}
-WEIGHTS |= {f"weights Exact 1 {kind}" for kind in KINDS}
-SIMPLE = {f"{name}_{what} {t}" for name, what in (("mix", "kernel"), ("outer", "kernel"), ("sum", "shares"), ("sum", "splits"))
-          for t in ("float", "bf16", "f16")}
-EXPECTED = GATHERS | WEIGHTS | SIMPLE | {"plan_slots", "plan_live_rows"}
+EIGHTS = {"bf16": (1, 2, 4), "f16": (1, 2, 4), "Tf32": (1, 2), "Exact": (1,)}  # of rows, that a task takes at a time
+WEIGHTS = {f"weights {a} {eights} {kind}" for a in EIGHTS for eights in EIGHTS[a] for kind in KINDS}
+SIMPLE = {f"{name} {t}" for name in ("mix_kernel", "sum_shares", "sum_splits") for t in ("float", "bf16", "f16")}
+OUTER = {f"outer {unit} {t}" for unit in ("OnFma", "OnMatrixUnit") for t in ("float", "bf16", "f16")}
+EXPECTED = GATHERS | WEIGHTS | OUTER | SIMPLE | {"plan_slots", "plan_live_rows"}
 
 
 def test_default_architectures_are_in_it() -> None:
@@ -106,6 +108,8 @@ def test_instructions(architecture: str) -> None:
             kind = name.split()[1]
             assert count(matrix[kind]) > 0 if kind in matrix else count(r"\bHMMA") == 0 and count(r"\bFFMA") >= 32, name
             assert count(r"\bLDGSTS\.\S*128") > 0, f"{name} does not stage its input by 16-byte asynchronous copies"
+        if name in OUTER:
+            assert (count(r"\bHMMA\.1688\.F32\.TF32") > 0) == ("OnMatrixUnit" in name), name
         if name in GATHERS:
             assert count(r"\bSTG\.E\.128") > 0, f"{name} does not store 16 bytes at once"
             assert count(r"\bLDG\.E\.(128|64)") > 0, f"{name} reads neither slots nor residual by 16 bytes"

@@ -64,6 +64,7 @@ template <class Op> struct Launch {
         d["frames"] = tile.frames, d["tiles"] = tile.tiles, d["chunks"] = tile.chunks;
         d["chunk_channels"] = tile.chunk_channels, d["pitch"] = tile.pitch, d["pixel_warps"] = tile.pixel_warps;
         d["slices"] = tile.slices, d["split"] = tile.split, d["splits"] = tile.splits, d["shared_bytes"] = tile.bytes;
+        d["rows"] = tile.rows;
         return d;
     }
 };
@@ -161,6 +162,10 @@ PYBIND11_MODULE(_cuda, m) {
         .def(py::init(&device_at), py::arg("index"))
         .def(py::init([](int block, int all, int count) { return Device{0, block, all, count}; }),
              py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"), py::arg("multiprocessors"));
+    // What the static model counts with: (slots, wavefronts, instructions, and those of each 8 more target channels).
+    auto counts = [](const Step& s) { return py::make_tuple(s.slots, s.wavefronts, s.issue, s.more_wavefronts, s.more_issue); };
+    m.def("gather_step", [=](const std::string& arithmetic) { return counts(gather_step(arithmetic_of(arithmetic))); });
+    m.def("weight_step", [=](const std::string& arithmetic) { return counts(weight_step(arithmetic_of(arithmetic))); });
     py::class_<Conv> conv(m, "TemporalConv", py::module_local());
     describe(conv);
     conv.def(py::init([](const std::string& arithmetic, int N, int I, int T, int V, int O, int K, int bo, int bi, int blocks,

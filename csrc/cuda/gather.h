@@ -1,6 +1,8 @@
 // What the products share: a sum over live blocks in which every target channel gathers rows of a source, and how it is
 // planned. One description serves forward passes and input gradients; the weight gradient uses the forward's plan.
 #pragma once
+#include <cmath>
+
 #include "device.h"
 #include "ops.h"
 
@@ -24,19 +26,31 @@ struct Gather {
     int source_frames, frames;                          // of the source; of the targets, of one phase
     int stride, dilation, phases;                       // stride: of the source's frames per target frame
     int out_channels, out_frames;                       // of y as it lies in memory
+    int rows;                                           // channels of a target group: 8, 16 or 32
     const int32_t *ptr, *perm, *source, *tap;           // blocks ptr[q]..ptr[q+1]-1 of target block q; perm null: as stored
     Planes x;
     const void* values;
     Epilogue epilogue;
     void* y;
 
-    // Channels of a target group: vector and odd blocks run on groups of 8 that cover them.
-    int rows() const { return tb % 32 == 0 ? 32 : tb % 16 == 0 ? 16 : 8; }
-    int groups_per_phase() const { return (targets + rows() - 1) / rows(); }
+    int groups_per_phase() const { return (targets + rows - 1) / rows; }
     int groups() const { return phases * groups_per_phase(); }
     int source_rows() const { return rule == Rule::stack ? sources * K : sources; }
-    int groups_per_block() const { return tb % rows() == 0 ? tb / rows() : (tb + rows() - 2) / rows() + 1; }
-    int64_t live_slots() const { return int64_t(blocks) * sb * groups_per_block(); }    // at most, in one phase
+    int groups_per_block() const {                      // that one block is in, at most
+        return tb % rows == 0 ? tb / rows : rows % tb == 0 ? 1 : (tb + rows - 2) / rows + 1;
+    }
+    int units() const { return (sources + sb - 1) / sb * K; }    // what a block's column may be: source block and tap
+    int64_t most_slots() const {                        // of all groups of a phase
+        const int64_t of_blocks = int64_t(blocks) * sb * groups_per_block();
+        const int64_t of_groups = int64_t(groups_per_phase()) * units() * sb;
+        return of_blocks < of_groups ? of_blocks : of_groups;
+    }
+    // Slots that a group of so many channels reads in a phase, where blocks lie at random: the union of its blocks' rows.
+    double union_of(int channels) const {
+        const int there = (targets + tb - 1) / tb, met = (channels + tb - 1) / tb;
+        const double all = double(units()) * there, dead = all > 0 ? 1 - blocks / all : 1;
+        return units() * sb * (1 - std::pow(dead > 0 ? dead : 0, met < there ? met : there));
+    }
 };
 
 __host__ __device__ constexpr int rounded(int n, int to) { return (n + to - 1) / to * to; }

@@ -137,8 +137,8 @@ template <bool GRAPH> const char* run_gather(const Gather& g, const Adjacency& a
                        {adjacency, plan.live, plan.live_starts, g.K, g.V},
                        g.source_rows(), g.frames, g.V, g.stride, g.groups(), g.groups_per_phase(), reach(g).first, tile};
     const dim3 grid(unsigned(blocks), unsigned(tile.split));
-    return g.rows() == 8 ? launch_gather<8, GRAPH>(g.arithmetic, a, grid, stream)
-         : g.rows() == 16 ? launch_gather<16, GRAPH>(g.arithmetic, a, grid, stream)
+    return g.rows == 8 ? launch_gather<8, GRAPH>(g.arithmetic, a, grid, stream)
+         : g.rows == 16 ? launch_gather<16, GRAPH>(g.arithmetic, a, grid, stream)
                           : launch_gather<32, GRAPH>(g.arithmetic, a, grid, stream);
 }
 const char* gather(const Gather& g, const Tile& tile, void* scratch, void* stream);     // without an adjacency

@@ -15,6 +15,7 @@
 #include "adjacency.h"
 #include "gather_kernel.h"
 #include "weight_gradient.h"
+#include "weight_tile.h"
 
 namespace sparse_stgcn::cuda {
 namespace {
@@ -31,10 +32,16 @@ Gather gather_of(const GraphConv& op, Rule rule, bool transposed) {
     g.source = transposed ? p.t_row : p.input, g.tap = p.tap;
     return g;
 }
-Gather forward_of(const GraphConv& op) { return gather_of(op, op.per_channel ? Rule::split : Rule::adjacency, false); }
-Gather input_gradient_of(const GraphConv& op) { return gather_of(op, op.per_channel ? Rule::stack : Rule::adjacency, true); }
-Gather weight_gradient_of(const GraphConv& op) { return gather_of(op, op.per_channel ? Rule::split : Rule::adjacency, false); }
-Gather factor_of(const GraphConv& op) { return gather_of(op, Rule::split, !op.per_channel); }    // dz_k or h_k, for dA
+Gather forward_of(const GraphConv& op) {
+    return in_groups(gather_of(op, op.per_channel ? Rule::split : Rule::adjacency, false));
+}
+Gather input_gradient_of(const GraphConv& op) {
+    return in_groups(gather_of(op, op.per_channel ? Rule::stack : Rule::adjacency, true));
+}
+Gather weight_gradient_of(const GraphConv& op) {
+    return in_weight_groups(gather_of(op, op.per_channel ? Rule::split : Rule::adjacency, false));
+}
+Gather factor_of(const GraphConv& op) { return in_groups(gather_of(op, Rule::split, !op.per_channel)); }  // dz_k, h_k, for dA
 
 int64_t plane_bytes(const GraphConv& op, int channels) {                // of a tensor between two passes
     return (int64_t(op.N) * op.pattern.K * channels * op.T * op.V * unit(op.arithmetic).element + 15) / 16 * 16;

@@ -52,8 +52,28 @@ struct Tile {
     int pixel_warps, slices, split;                 // warps of a block over pixels; passes over the groups; grid.y
     int groups_per_slice, splits;                   // weight gradient: groups of one block; shares of the pixels
     int row_pitch, adjacency_pitch;                 // graph_conv: of the staged input; of the adjacency
+    int rows;                                       // target channels of a group
     int64_t bytes;                                  // shared memory of one block
 };
+
+// What a step of a warp costs a multiprocessor, counted from the loops: accesses of 128 bytes to shared memory and L1, one a
+// cycle, and instructions, four a cycle, for 8 target channels and for each 8 more. A step is so many gathered slots.
+struct Step {
+    int slots, wavefronts, issue, more_wavefronts, more_issue;
+    double cycles(int rows) const {
+        const double more = rows / 8 - 1, issued = (issue + more * more_issue) / 4, moved = wavefronts + more * more_wavefronts;
+        return issued > moved ? issued : moved;
+    }
+};
+constexpr Step gather_step(Arithmetic a) {              // arithmetic.h; float32: of one slot of four
+    return a == Arithmetic::float32 ? Step{1, 5, 24, 2, 17}
+         : a == Arithmetic::tf32 ? Step{8, 11, 44, 2, 10} : Step{16, 32, 90, 4, 16};
+}
+// One run of pixels of a task of weight_gradient.cu: 64 of 16 bits, 32 of 32. float32 takes 8 slots x 8 rows at a time.
+constexpr Step weight_step(Arithmetic a) {
+    return a == Arithmetic::float32 ? Step{8, 16, 96, 16, 96}
+         : a == Arithmetic::tf32 ? Step{16, 24, 76, 8, 28} : Step{16, 27, 76, 9, 28};
+}
 
 struct TemporalConv {
     Arithmetic arithmetic;

@@ -1,11 +1,11 @@
 // In which order a block reads its weights, worked out on the device, so that nothing about a pattern has to pass through
 // the host. A group of target channels gathers the union of what its channels' blocks read: for blocks as high as the
-// group that is a list of blocks, for vectors seen from their single side, and for (4,1) and (1,1), it is their cover.
+// group that is a list of blocks, for lower ones, and for vectors seen from their single side, it is their cover.
 //
 // The lanes of a matrix unit read four slots at once. Where a slot starts modulo 16 bytes decides its banks in shared
 // memory, and the order of the slots of a group is free: they are sorted by that class, stably, and dealt like cards, so
 // that four slots read together are a quarter of the classes apart. Every order here is counted, hence no order of threads
-// matters. One block of threads per group, one thread per (chunk, class).
+// matters. One block of threads per group; its threads share out the keys (chunk, class) and the slots.
 #include "gather.h"
 
 namespace sparse_stgcn::cuda {
@@ -18,7 +18,7 @@ struct PlanArgs {
     const void* values;
     Plan plan;
     Rule rule;
-    int64_t channel_stride, live;
+    int64_t channel_stride, most_slots;
     int tb, sb, targets, sources, K, V, rows, phases, groups_per_phase, dilation, first_frame;
     int chunk, chunks, pitch, zero_row, step, piece, element, deal;
 };
@@ -55,7 +55,10 @@ __global__ void __launch_bounds__(KEYS) plan_slots(PlanArgs a) {
     };
     for (int i = thread; i < words + 4; i += KEYS) before[i] = 0;
     __syncthreads();
-    for (int g = thread; g < group; g += KEYS) atomicAdd(before, (end(g) - first(g)) * a.sb);
+    for (int g = thread; g < group; g += KEYS) {
+        const int blocks = end(g) - first(g);
+        atomicAdd(before, (blocks < units ? blocks : units) * a.sb);
+    }
     for (int j = first(group) + thread; j < end(group); j += KEYS) {
         const int tap = a.tap[a.perm ? a.perm[j] : j], unit = a.source[j] * a.K + tap;
         if (shift_of(a, phase, tap) >= 0) atomicOr(bits + unit / 32, int(1u << unit % 32));
@@ -81,24 +84,28 @@ __global__ void __launch_bounds__(KEYS) plan_slots(PlanArgs a) {
         key[e] = channel < a.sources ? uint8_t(row.chunk * 8 + int(place % a.piece)) : 255;
     }
     __syncthreads();
+    const int keys = a.chunks * 8, parts = KEYS / keys;              // a thread counts one key in one part of the slots
+    const int my_key = thread < keys * parts ? thread % keys : -1, part = thread / keys;
+    const int part_begin = int(int64_t(n) * part / parts), part_end = my_key < 0 ? 0 : int(int64_t(n) * (part + 1) / parts);
     int mine = 0;
-    for (int e = 0; e < n; ++e) mine += key[e] == thread;
+    for (int e = part_begin; e < part_end; ++e) mine += key[e] == my_key;
     count[thread] = mine;
     __syncthreads();
     if (thread == 0) {
-        const int64_t slots = phase * a.live + *before;
+        const int64_t slots = phase * a.most_slots + *before;
         start[0] = int((slots + a.step - 1) / a.step * a.step) + id * (a.chunks + 1) * a.step;
         for (int c = 0; c < a.chunks; ++c) {
             int total = 0;
-            for (int i = c * 8; i < c * 8 + 8; ++i) from[i] = total, total += count[i];
+            for (int i = c * 8; i < c * 8 + 8; ++i)
+                for (int p = 0; p < parts; ++p) from[p * keys + i] = total, total += count[p * keys + i];
             start[c + 1] = start[c] + (total + a.step - 1) / a.step * a.step;
         }
     }
     __syncthreads();
-    int next = thread < a.chunks * 8 ? from[thread] : 0;
-    for (int e = 0; e < n; ++e)
-        if (key[e] == thread) {
-            const int chunk = thread / 8, quads = (start[chunk + 1] - start[chunk]) / 4, each = a.step / 4, quad = next % quads;
+    int next = my_key < 0 ? 0 : from[thread];
+    for (int e = part_begin; e < part_end; ++e)
+        if (key[e] == my_key) {
+            const int chunk = my_key / 8, quads = (start[chunk + 1] - start[chunk]) / 4, each = a.step / 4, quad = next % quads;
             const int dealt = quad / each * a.step + next / quads * each + quad % each;
             at[e] = uint16_t(start[chunk] - start[0] + (a.deal ? dealt : next));
             ++next;
@@ -166,21 +173,21 @@ int64_t aligned_16(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 }  // namespace
 
 int64_t slot_count(const Gather& g, int chunks, int step) {
-    return (g.phases * g.live_slots() + step - 1) / step * step + int64_t(g.groups()) * (chunks + 1) * step;
+    return (g.phases * g.most_slots() + step - 1) / step * step + int64_t(g.groups()) * (chunks + 1) * step;
 }
 
 const char* plan_limits(const Gather& g) {
     if (int64_t(g.source_rows()) * g.K > MAX_ROWS || int64_t(rounded(g.sources, g.sb)) * g.K > MAX_ROWS)
         return "a group reads more than 16384 rows";
-    const int64_t slots = g.phases * g.live_slots() + int64_t(g.groups()) * (MAX_CHUNKS + 1) * 16;
-    if (slots * g.rows() > INT32_MAX) return "more than 2^31 stored weights";
+    const int64_t slots = g.phases * g.most_slots() + int64_t(g.groups()) * (MAX_CHUNKS + 1) * 16;
+    if (slots * g.rows > INT32_MAX) return "more than 2^31 stored weights";
     return nullptr;
 }
 
 int64_t plan_bytes(const Gather& g, int chunks, int step, bool where) {
     const int64_t slots = slot_count(g, chunks, step), element = g.arithmetic >= Arithmetic::bfloat16 ? 2 : 4;
     int64_t bytes = aligned_16(slots * 8) + aligned_16(int64_t(g.groups()) * (chunks + 1) * 4);
-    bytes += where ? aligned_16(int64_t(g.blocks) * g.sb * g.tb * 4) : aligned_16(slots * g.rows() * element);
+    bytes += where ? aligned_16(int64_t(g.blocks) * g.sb * g.tb * 4) : aligned_16(slots * g.rows * element);
     if (g.rule == Rule::adjacency) bytes += aligned_16(int64_t(chunks * g.K + 1) * 4) + int64_t(g.sources) * g.K * 4;
     return aligned_16(bytes);
 }
@@ -197,7 +204,7 @@ Plan place_plan(const Gather& g, int chunks, int step, bool where, void* scratch
     plan.slots = static_cast<int2*>(take(slots * 8));
     plan.starts = static_cast<int*>(take(int64_t(g.groups()) * (chunks + 1) * 4));
     if (where) plan.where = static_cast<int*>(take(int64_t(g.blocks) * g.sb * g.tb * 4));
-    else plan.packed = take(slots * g.rows() * element);
+    else plan.packed = take(slots * g.rows * element);
     if (g.rule == Rule::adjacency) {
         plan.live_starts = static_cast<int*>(take(int64_t(chunks * g.K + 1) * 4));
         plan.live = static_cast<int*>(take(int64_t(g.sources) * g.K * 4));
@@ -207,11 +214,11 @@ Plan place_plan(const Gather& g, int chunks, int step, bool where, void* scratch
 
 const char* make_plan(const Gather& g, const Tile& tile, int step, const Plan& plan, void* stream) {
     const bool half = g.arithmetic >= Arithmetic::bfloat16;
-    const PlanArgs a{g.ptr, g.perm, g.source, g.tap, g.values, plan, g.rule, g.x.channel, g.live_slots(), g.tb, g.sb,
-                     g.targets, g.sources, g.K, g.V, g.rows(), g.phases, g.groups_per_phase(), g.dilation, reach(g).first,
+    const PlanArgs a{g.ptr, g.perm, g.source, g.tap, g.values, plan, g.rule, g.x.channel, g.most_slots(), g.tb, g.sb,
+                     g.targets, g.sources, g.K, g.V, g.rows, g.phases, g.groups_per_phase(), g.dilation, reach(g).first,
                      tile.chunk_channels, tile.chunks, tile.pitch, tile.zero_row, step, half ? 8 : 4, half ? 2 : 4,
                      g.arithmetic != Arithmetic::float32};
-    const int64_t units = int64_t((g.sources + g.sb - 1) / g.sb) * g.K, words = (units + 31) / 32;
+    const int64_t units = g.units(), words = (units + 31) / 32;
     const int64_t bytes = (4 + 2 * words + 1 + 2 * KEYS + MAX_CHUNKS + 1) * 4 + units * 2 + units * g.sb * 3;
     if (const char* error = LAUNCH(plan_slots, dim3(unsigned(g.groups())), KEYS, bytes, stream, a)) return error;
     if (g.rule != Rule::adjacency) return nullptr;

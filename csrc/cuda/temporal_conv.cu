@@ -20,6 +20,7 @@ Gather forward_of(const TemporalConv& op) {
     g.ptr = p.row_ptr, g.source = p.input, g.tap = p.tap;
     return g;
 }
+static Gather output_of(const TemporalConv& op) { return in_groups(forward_of(op)); }
 
 static Gather input_gradient_of(const TemporalConv& op) {
     const Pattern& p = op.pattern;
@@ -29,17 +30,17 @@ static Gather input_gradient_of(const TemporalConv& op) {
     g.source_frames = op.out_frames(), g.frames = (op.T - 1) / op.stride + 1, g.out_frames = op.T;
     g.stride = 1, g.dilation = op.dilation, g.phases = op.stride, g.out_channels = p.I;
     g.ptr = p.t_ptr, g.perm = p.t_perm, g.source = p.t_row, g.tap = p.tap;
-    return g;
+    return in_groups(g);
 }
 
-Tile temporal_conv_tile(const TemporalConv& op, const Device& device) { return choose_tile(forward_of(op), device); }
+Tile temporal_conv_tile(const TemporalConv& op, const Device& device) { return choose_tile(output_of(op), device); }
 int64_t temporal_conv_scratch(const TemporalConv& op, const Tile& tile) {
-    return plan_bytes(forward_of(op), tile.chunks, unit(op.arithmetic).step, false);
+    return plan_bytes(output_of(op), tile.chunks, unit(op.arithmetic).step, false);
 }
 const char* temporal_conv_forward(const TemporalConv& op, const Tile& tile, const Device& device, Planes x, const void* values,
                                   const Epilogue& epilogue, void* y, void* scratch, void* stream) {
     DeviceGuard guard(device.index);
-    Gather g = forward_of(op);
+    Gather g = output_of(op);
     g.x = x, g.values = values, g.epilogue = epilogue, g.y = y;
     return gather(g, tile, scratch, stream);
 }

@@ -1,5 +1,5 @@
 // How a launch cuts its work: pure functions of sizes and of the device. Every candidate that fits is priced in estimated
-// cycles per frame. The price only ranks: 24 bytes per cycle from L2 to an SM, 35 cycles for a step of a warp, 1500 for a
+// cycles per frame. The price only ranks: 24 bytes per cycle from L2 to an SM, the cycles of a step (ops.h), 1500 for a
 // staging and the wait after it.
 #pragma once
 #include "gather.h"
@@ -14,6 +14,24 @@ constexpr Unit unit(Arithmetic a) {
          : a == Arithmetic::tf32 ? Unit{4, 4, 8, 32, 64} : Unit{2, 8, 16, 64, 32};
 }
 
+// Channels of a target group. A group reads the union of what its blocks read: the more blocks, the more of it is dead for one
+// of them, but the fewer times a row is loaded. Blocks of 16 and 32 channels are groups by themselves, at least.
+inline int choose_rows(const Gather& g, const Step& step, int most = 32) {
+    int best = g.tb % 32 == 0 ? 32 : g.tb % 16 == 0 ? 16 : 8;
+    double least = HUGE_VAL;
+    for (int rows = best; rows <= most; rows *= 2) {
+        const double steps = g.union_of(rows) / step.slots + 0.5;
+        const double cost = (g.targets + rows - 1) / rows * steps * step.cycles(rows);
+        if (cost < least) best = rows, least = cost;
+    }
+    return best;
+}
+
+inline Gather in_groups(Gather g) {
+    g.rows = choose_rows(g, gather_step(g.arithmetic));
+    return g;
+}
+
 // The epilogue's buffer: each warp turns 8 target channels at a time from its registers' order into memory's.
 __host__ __device__ constexpr int buffer_pitch(int pixels) { return pixels + 4; }
 __host__ __device__ constexpr int buffer_bytes(int pixels) { return WARPS * 8 * buffer_pitch(pixels) * 4; }
@@ -26,14 +44,16 @@ inline Tile choose_tile(const Gather& g, const Device& device) {
     const Unit u = unit(g.arithmetic);
     const bool graph = g.rule == Rule::adjacency;
     const Reach far = reach(g);
-    const int group_rows = u.rows / g.rows(), groups = g.groups(), adjacency_pitch = joints(g.V) + (u.element == 2 ? 8 : 4);
+    const int group_rows = u.rows / g.rows, groups = g.groups(), adjacency_pitch = joints(g.V) + (u.element == 2 ? 8 : 4);
     const int64_t samples = g.N > 0 ? g.N : 1;
     Tile best{};
     best.reason = plan_limits(g) ? plan_limits(g) : "a tile of one frame does not fit into shared memory";
     if (g.V > WARPS * u.pixels) best.reason = "a frame has more vertices than a block has pixels";
     if (plan_limits(g)) return best;
     double least = 0;
-    const double steps = double(g.live_slots()) / u.step + groups;
+    const double steps = g.groups_per_phase() * g.union_of(g.rows) / u.step + groups;
+    const Step step = gather_step(g.arithmetic);
+    const double price = step.cycles(g.rows) * u.step / step.slots;
     for (int frames = 1; frames <= g.frames && frames * g.V <= WARPS * u.pixels; ++frames) {
         const int64_t staged = (int64_t(frames - 1) * g.stride + far.last - far.first + 1) * g.V;
         if (staged * u.element > device.shared_per_block) break;
@@ -56,14 +76,14 @@ inline Tile choose_tile(const Gather& g, const Device& device) {
             const bool pair = 2 * (bytes + 1024) <= device.shared_per_multiprocessor;
             double copy = double(rows) * row_pitch * u.element * (chunks > 1 ? slices : 1) / 24;
             if (graph) copy *= 3;
-            const double cost = (copy + steps * pixel_warps * 35 + stagings * 1500.) * (pair ? 1 : 1.5) / frames;
+            const double cost = (copy + steps * pixel_warps * price + stagings * 1500.) * (pair ? 1 : 1.5) / frames;
             if (best.frames && cost >= least) continue;
             least = cost;
             const int tiles = (g.frames + frames - 1) / frames;
             int split = 1;                                       // too few blocks for the machine: share out the slices
             while (split < slices && samples * tiles * split < device.multiprocessors) ++split;
             best = Tile{nullptr, frames, tiles, chunk, chunks, pitch, zero_row, pixel_warps, slices, split, 0, 0,
-                        row_pitch, adjacency_pitch, bytes};
+                        row_pitch, adjacency_pitch, g.rows, bytes};
         }
     }
     return best;

@@ -15,12 +15,10 @@
 #include "weight_gradient.h"
 
 #include "adjacency_panel.h"
+#include "weight_tile.h"
 
 namespace sparse_stgcn::cuda {
 namespace {
-
-constexpr int SLACK = 32;                                               // elements that may be read, not used, past a panel
-constexpr int64_t PARTIAL_BYTES = 64 << 20;                             // of all shares together, unless one is larger
 
 struct WeightArgs {
     Rows x, dy;
@@ -72,7 +70,7 @@ __device__ __forceinline__ void load_run(uint32_t (&w)[8], const T* panel, int r
 template <class E> struct OnMatrixUnit {                     // tf32, bfloat16, float16: 16 slots x EIGHTS * 8 rows
     using T = E;
     static constexpr bool MATRIX = true;
-    static constexpr int STEP = 16, BLOCKS = 2;
+    static constexpr int STEP = weight_step(Arithmetic::tf32).slots, BLOCKS = 2;
 
     template <int EIGHTS, bool UNIT, class Row>
     static __device__ __forceinline__ void task(float* sums, bool first, const Panel<T>& x, const int2* slots, const T* dy,
@@ -128,7 +126,8 @@ template <int HALF> __device__ __forceinline__ void over_lanes(float (&sum)[64],
 struct InFloat32 {                                                      // IEEE: a lane owns pixels, 8 slots x 8 rows at a time
     using T = float;
     static constexpr bool MATRIX = false;
-    static constexpr int STEP = 8, BLOCKS = 1;                          // 64 sums a lane, and what they need: no room for two
+    static constexpr int STEP = weight_step(Arithmetic::float32).slots;
+    static constexpr int BLOCKS = 1;                                    // 64 sums a lane, and what they need: no room for two
 
     template <int EIGHTS, bool UNIT, class Row>
     static __device__ __forceinline__ void task(float* sums, bool first, const Panel<T>& x, const int2* slots, const T* dy,
@@ -162,10 +161,15 @@ template <class T, class Row>
 __device__ __forceinline__ void add_rows(float* sums, bool first, const T* dy, Row row, int rows, int frames, int V) {
     for (int c = threadIdx.x / 32; c < rows; c += WARPS)
         for (int v = threadIdx.x % 32; v < V; v += 32) {
-            float sum = first ? 0.f : sums[c * V + v];
-#pragma unroll 4
-            for (int f = 0; f < frames; ++f) sum += to_float(dy[row(c) + f * V + v]);
-            sums[c * V + v] = sum;
+            float sum[4] = {};                                          // four short sums lose less than a long one
+            const T* of_joint = dy + row(c) + v;
+            int f = 0;
+            for (; f + 4 <= frames; f += 4)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sum[i] += to_float(of_joint[(f + i) * V]);
+            for (; f < frames; ++f) sum[0] += to_float(of_joint[f * V]);
+            const float all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+            sums[c * V + v] = first ? all : sums[c * V + v] + all;
         }
 }
 
@@ -281,69 +285,18 @@ template <class Math, int EIGHTS> const char* launch(const WeightArgs& a, dim3 g
                : LAUNCH((weight_gradient_kernel<Math, EIGHTS, Kind::strided>), grid, THREADS, a.tile.bytes, stream, a);
 }
 template <class Math> const char* launch(const WeightArgs& a, dim3 grid, void* stream) {
-    return a.rows > 8 ? launch<Math, 2>(a, grid, stream) : launch<Math, 1>(a, grid, stream);
+    if constexpr (sizeof(typename Math::T) == 4)
+        return a.rows > 8 ? launch<Math, 2>(a, grid, stream) : launch<Math, 1>(a, grid, stream);
+    else
+        return a.rows == 32 ? launch<Math, 4>(a, grid, stream)
+             : a.rows == 16 ? launch<Math, 2>(a, grid, stream) : launch<Math, 1>(a, grid, stream);
 }
-
-int step_of(const Gather& g) { return g.arithmetic == Arithmetic::float32 ? InFloat32::STEP : 16; }
 
 }  // namespace
 
-Tile choose_weight_tile(const Gather& g, const Device& device) {
-    const Unit u = unit(g.arithmetic);
-    const Reach far = reach(g);
-    const bool graph = g.rule == Rule::adjacency;
-    const int groups = g.groups(), rows = g.source_rows(), run = u.element == 2 ? 64 : 32;
-    const int adjacency_pitch = joints(g.V) + (u.element == 2 ? 8 : 4);
-    Tile best{};
-    best.reason = plan_limits(g) ? plan_limits(g) : "a tile of one frame does not fit into shared memory";
-    if (plan_limits(g)) return best;
-    double least = 0;
-    for (int frames = 1; frames <= g.frames && frames * g.V <= 1024 + g.V; ++frames) {
-        const int64_t staged = (int64_t(frames - 1) * g.stride + far.last - far.first + 1) * g.V;
-        if (staged * u.element > device.shared_per_block) break;
-        const int x_pitch = rounded(int(staged) + u.piece - 1, u.piece);
-        const int dy_pitch = rounded(frames * g.V + u.piece - 1, u.piece);
-        const int pitch = graph ? rounded(frames * g.V, u.piece) + 4 / u.element : x_pitch;
-        const double steps = double(g.live_slots()) / 16 + groups, runs = (frames * g.V + run - 1) / run;
-        for (int slices = 1; slices <= groups; slices *= 2)
-            for (int chunks = 1, before = 0; chunks <= MAX_CHUNKS; ++chunks) {
-                const int chunk = (rows + chunks - 1) / chunks, per_slice = (groups + slices - 1) / slices;
-                if (chunk == before || (rows + chunk - 1) / chunk != chunks) continue;
-                before = chunk;
-                const int zero_row = graph ? chunk * g.K : chunk;
-                int64_t elements = rounded((zero_row + 1) * pitch + SLACK, u.piece);
-                if (graph) elements += int64_t(chunk) * x_pitch + int64_t(g.K) * joints(g.V) * adjacency_pitch;
-                const int64_t bytes = (elements + int64_t(per_slice) * g.rows() * dy_pitch + SLACK) * u.element;
-                if (bytes > device.shared_per_block) continue;
-                const bool pair = u.step != 4 && 2 * (bytes + 1024) <= device.shared_per_multiprocessor;
-                const double x = double(rows) * x_pitch * slices * (graph ? 3 : 1);
-                const double copy = (x + double(groups) * g.rows() * dy_pitch) * u.element / 24;
-                const double work = steps * (40 + runs * 60 * (g.rows() / 8)) / WARPS;
-                const double cost = (copy + work + double(slices) * chunks * 1500) * (pair ? 1 : 1.5) / frames;
-                if (best.frames && cost >= least) continue;
-                least = cost;
-                const int tiles = (g.frames + frames - 1) / frames, used = (groups + per_slice - 1) / per_slice;
-                const int64_t share = slot_count(g, chunks, step_of(g)) * g.rows() * 4, all = int64_t(g.N) * tiles;
-                int64_t splits = (2 * device.multiprocessors + used - 1) / used;
-                if (splits * share > PARTIAL_BYTES) splits = PARTIAL_BYTES / share ? PARTIAL_BYTES / share : 1;
-                best = Tile{nullptr, frames, tiles, chunk, chunks, pitch, zero_row, 0, used, 0, per_slice,
-                            int(splits < all ? splits : all), dy_pitch, adjacency_pitch, bytes};
-            }
-    }
-    return best;
-}
-
-int64_t floats_of_dy(const Gather& g) { return int64_t(g.phases) * g.targets * g.V; }
-
-int64_t weight_gradient_bytes(const Gather& g, const Tile& tile) {
-    const int step = step_of(g);
-    const int64_t share = slot_count(g, tile.chunks, step) * g.rows() + floats_of_dy(g);
-    return plan_bytes(g, tile.chunks, step, true) + tile.splits * share * 4;
-}
-
 const char* weight_gradient(const Gather& g, const Adjacency& adjacency, const Tile& tile, Planes dy, Lasso lasso, void* dw,
                             float* dy_sums, void* scratch, void* stream) {
-    const int step = step_of(g), element = unit(g.arithmetic).element;
+    const int step = weight_step(g.arithmetic).slots, element = unit(g.arithmetic).element;
     if (tile.reason) return tile.reason;
     if (reinterpret_cast<uintptr_t>(scratch) % 16) return "the scratch must be aligned to 16 bytes";
     const int64_t count = int64_t(g.blocks) * g.sb * g.tb;
@@ -352,12 +305,12 @@ const char* weight_gradient(const Gather& g, const Adjacency& adjacency, const T
     if (const char* error = make_plan(g, tile, step, plan, stream)) return error;
     float* partial = reinterpret_cast<float*>(static_cast<char*>(scratch) + plan_bytes(g, tile.chunks, step, true));
     const Rows x = rows_of(g.x, element, g.source_frames, g.V), rows_dy = rows_of(dy, element, g.frames, g.V);
-    const int64_t share = slot_count(g, tile.chunks, step) * g.rows();
+    const int64_t share = floats_of_share(g, tile.chunks);
     float* partial_of_dy = dy_sums ? partial + tile.splits * share : nullptr;
     const int64_t tiles = int64_t(g.N) * tile.tiles;
     const WeightArgs a{x, rows_dy, plan.slots, plan.starts, partial, partial_of_dy, share, floats_of_dy(g), tiles,
                        {adjacency, plan.live, plan.live_starts, g.K, g.V}, g.source_rows(), g.frames, g.V, g.stride,
-                       g.groups(), g.groups_per_phase(), g.targets, g.rows(), reach(g).first, tile};
+                       g.groups(), g.groups_per_phase(), g.targets, g.rows, reach(g).first, tile};
     const dim3 grid(unsigned(tile.splits), unsigned(tile.slices));
     const char* error = nullptr;
     if (a.tiles && g.V) switch (g.arithmetic) {
@@ -377,16 +330,16 @@ const char* weight_gradient(const Gather& g, const Adjacency& adjacency, const T
 }
 
 Tile temporal_conv_weight_gradient_tile(const TemporalConv& op, const Device& device) {
-    return choose_weight_tile(forward_of(op), device);
+    return choose_weight_tile(in_weight_groups(forward_of(op)), device);
 }
 int64_t temporal_conv_weight_gradient_scratch(const TemporalConv& op, const Tile& tile) {
-    return weight_gradient_bytes(forward_of(op), tile);
+    return weight_gradient_bytes(in_weight_groups(forward_of(op)), tile);
 }
 const char* temporal_conv_weight_gradient(const TemporalConv& op, const Tile& tile, const Device& device, Planes x, Planes dy,
                                           const void* values, Lasso lasso, void* dw, float* dy_sums, void* scratch,
                                           void* stream) {
     DeviceGuard guard(device.index);
-    Gather g = forward_of(op);
+    Gather g = in_weight_groups(forward_of(op));
     g.x = x, g.values = values;
     return weight_gradient(g, {}, tile, dy, lasso, dw, dy_sums, scratch, stream);
 }

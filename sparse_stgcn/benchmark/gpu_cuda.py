@@ -38,12 +38,7 @@ def _usage(capability: int) -> dict[str, int]:
 class Cuda:
     """The kernels of csrc/cuda; their tiles are those that the module itself chooses for the card."""
 
-    # A warp's step of the gather: pixels, slots, then for 8 rows and for each 8 more: wavefronts, instructions.
-    STEP: ClassVar[dict[str, tuple[int, int, int, int, int, int]]] = {
-        "half": (64, 16, 32, 90, 4, 16),
-        "tf32": (32, 8, 11, 44, 2, 10),
-        "float32": (64, 1, 5, 24, 2, 17),
-    }
+    PIXELS: ClassVar[dict[str, int]] = {"half": 64, "tf32": 32, "float32": 64}  # of a warp's step of the gather
 
     def __init__(self, card: Card) -> None:
         self.card = card
@@ -80,21 +75,18 @@ class Cuda:
             return [*self._gather(p, False, p.K, tile, graph=True), *gather, outer]
         return [*self._weights(p, p.I, tile, graph=True), *Triton(self.card).bias_through_graph(p)]
 
-    def _plan(self, slots: int, groups: int, graph: bool = False) -> list[Launch]:
-        """plan_slots: each thread compares its key with every slot of the group, twice; plan_live_rows is one program."""
-        plan = Launch("plan", 0, programs=groups, threads=128, serial=2 * 6.0 * slots + 4000)
+    def _plan(self, slots: int, groups: int, chunks: int, graph: bool = False) -> list[Launch]:
+        """plan_slots: each thread compares its key with its part of the group's slots, twice; plan_live_rows is one program."""
+        plan = Launch("plan", 0, programs=groups, threads=128, serial=2 * 6.0 * slots / (128 // (8 * chunks)) + 4000)
         live = Launch("plan", 0, programs=self.card.multiprocessors, threads=256, serial=slots * groups / 256 * 40 + 4000)
         return [plan, live] if graph else [plan]
 
-    def _rows(self, channels: int) -> int:
-        return 32 if channels % 32 == 0 else 16 if channels % 16 == 0 else 8
-
     def _gather(self, p: Problem, forward: bool, taps: int, tile: dict, phases: int = 1, graph: bool = False) -> list[Launch]:
         high, source, target = (p.bo, p.I, p.O) if forward else (p.bi, p.O, p.I)
-        rows, per_pixels = self._rows(high), self.STEP[p.arithmetic][0]
+        rows, per_pixels = tile["rows"], self.PIXELS[p.arithmetic]
         groups, blocks = phases * ceil(target / rows), p.N * tile["tiles"]
         slots = source * taps * p.cover(rows, high)
-        _, step, wavefronts, issue, more_wavefronts, more_issue = self.STEP[p.arithmetic]
+        step, wavefronts, issue, more_wavefronts, more_issue = cuda.module.gather_step(STORED[p.arithmetic])
         eights = rows // 8 - 1
         warps = ceil(tile["frames"] * p.V / per_pixels)
         steps = blocks * warps * groups * (slots / step + 0.5 * tile["chunks"])
@@ -125,7 +117,7 @@ class Cuda:
         )
         if p.arithmetic == "float32":
             work = replace(work, mma=False)
-        return [*self._plan(ceil(slots), groups, graph), work]
+        return [*self._plan(ceil(slots), groups, tile["chunks"], graph), work]
 
     def _add_made_rows(self, counts: dict[str, float], p: Problem, channels: float) -> None:
         """Rows (channel, subset) that are brought through the graph in shared memory, added to a launch's counts."""
@@ -135,25 +127,17 @@ class Cuda:
         counts["issue"] += made * (32 if p.arithmetic == "float32" else 6)
 
     def _weights(self, p: Problem, sources: int, tile: dict, graph: bool = False) -> list[Launch]:
-        rows = self._rows(p.bo)
+        rows = tile["rows"]
         groups, tiles, pixels = ceil(p.O / rows), p.N * tile["tiles"], tile["frames"] * p.V
         slots = p.I * p.K * p.cover(rows, p.bo)
-        eights = 1 if rows == 8 else 2
+        step, wavefronts, issue, more_wavefronts, more_issue = cuda.module.weight_step(STORED[p.arithmetic])
         if p.arithmetic == "float32":
-            tasks, runs, wavefronts, issue, unit, width = (
-                groups * (slots / 8 + 0.5) * rows / 8,
-                ceil(pixels / 32),
-                16,
-                96,
-                8 * 8,
-                32,
-            )
-            finish = 70.0
+            eights, width, finish = 1, 32, 70.0
         else:
-            each = 9 if p.arithmetic == "half" else 8
-            tasks, runs = groups * (slots / 16 + 0.5) * rows / (8 * eights), ceil(pixels / (64 if each == 9 else 32))
-            wavefronts, issue = (2 + eights) * each, (2 + eights) * 24 + eights * 4
-            unit, width, finish = 16 * 8 * eights, 64 if each == 9 else 32, 8.0 * eights
+            eights, width = min(rows // 8, 4 if p.element == 2 else 2), 64 if p.element == 2 else 32
+            finish = 8.0 * eights
+        wavefronts, issue = wavefronts + (eights - 1) * more_wavefronts, issue + (eights - 1) * more_issue
+        tasks, runs, unit = groups * (slots / step + 0.5) * rows / (8 * eights), ceil(pixels / width), step * 8 * eights
         # made rows have another pitch than the staged ones
         pitch = tile["frames"] * p.V + 8 if graph else tile["pitch"]
         staged = (sources * max(1, tile["slices"]) + p.O) * pitch * p.element
@@ -171,7 +155,7 @@ class Cuda:
             self._add_made_rows(counts, p, p.made_rows(True) * max(1, tile["slices"]))
         one = p.arithmetic == "float32"
         return [
-            *self._plan(ceil(slots), groups, graph),
+            *self._plan(ceil(slots), groups, tile["chunks"], graph),
             Launch(
                 "weight_gradient",
                 p.activations(sources + p.O) + splits * share,
@@ -188,22 +172,26 @@ class Cuda:
         ]
 
     def _outer(self, p: Problem, moved: float, channels: int, splits: int) -> Launch:
-        """outer_joints: dA as a sum of outer products of frames, on the FMA units in every arithmetic.
+        """outer_joints: dA as a sum of outer products of frames.
 
-        A row is staged value by value; then each of (J / 4)^2 threads reads 2 x 4 values and multiplies 4 x 4 of them.
+        A warp stages two rows of V values in so many passes of 32. Then, in IEEE float32 or above 32 vertices, each of
+        (J / 4)^2 threads reads 2 x 4 values and multiplies 4 x 4 of them; else a warp takes 8 rows as a product of 32 x 32.
         """
-        rows, J = float(p.N * p.T * channels), ceil(p.V / 4) * 4
+        rows, J, passes = float(p.N * p.T * channels), ceil(p.V / 4) * 4, ceil(p.V / 32)
+        matrix = p.arithmetic != "float32" and p.V <= 32
         warps = (J / 4) ** 2 / 32
         return Launch(
             "outer_joints",
             moved,
             l2=moved,
-            issue=rows * (2 * J / 32 * 14 + warps * 21),
-            wavefronts=rows * (2 * J / 32 * 2 + warps * 4),
-            flops=2 * rows * J * J,
+            issue=rows * (passes * 14 + (28 / 8 if matrix else warps * 21)),
+            wavefronts=rows * (passes * 4 + (16 / 8 if matrix else warps * 4)),
+            flops=2 * rows * (32 * 32 if matrix else J * J),
+            arithmetic="tf32" if matrix else "float32",
+            mma=matrix,
             programs=splits * p.K,
-            registers=_usage(self.card.capability).get("outer", 96),
+            registers=_usage(self.card.capability).get("outer", 64),
             shared=32 << 10,
-            flying=2 * 32 * p.V * p.element,
+            flying=2 * (64 if matrix else 32) * p.V * p.element,
             overlaps=False,
         )

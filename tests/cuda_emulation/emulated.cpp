@@ -3,6 +3,7 @@
 #include "cuda/temporal_conv.cu"
 #include "cuda/weight_gradient.cu"
 #include "cuda/adjacency.cu"
+#include "cuda/outer.cu"
 #include "cuda/graph_conv.cu"
 #include "cuda/bindings.cpp"
 

@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 SUITE = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc" / "cuda"
-UNITS = ("bindings.cpp", "plan.cu", "temporal_conv.cu", "weight_gradient.cu", "adjacency.cu", "graph_conv.cu")
+UNITS = ("bindings.cpp", "plan.cu", "temporal_conv.cu", "weight_gradient.cu", "adjacency.cu", "outer.cu", "graph_conv.cu")
 FLAGS = ["-std=c++17", "-O0", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden", "-w", "-x", "c++"]
 ENTRY = """#include "cuda/device.h"
 extern "C" __attribute__((visibility("default"))) void emulate_order(int order, unsigned seed) {
@@ -43,6 +43,7 @@ GATHER = ("temporal_conv.cu",)
 GRAPH = ("graph_conv.cu",)
 FORWARD = "test_temporal_conv.py::test_matches_the_reference"
 BACKWARD = "test_temporal_conv_backward.py::test_matches_autograd_of_the_reference"
+GROUPS = "test_groups.py::test_temporal_conv"
 GRAPH_FORWARD = "test_graph_conv.py::test_matches_the_reference"
 GRAPH_BACKWARD = "test_graph_conv.py::test_gradients_match_autograd_of_the_reference"
 
@@ -121,8 +122,16 @@ MUTANTS = [
            f"{GRAPH_FORWARD}[plain-float16]", GRAPH),
     Mutant("every channel with the first one's adjacency", "adjacency.cu", " + c0 * m.adjacency.channel;", ";",
            f"{GRAPH_FORWARD}[per channel-float32]"),
-    Mutant("dA of the first subset of rows only", "adjacency.cu", "for (int s = 0; s < subsets; ++s) sum",
+    Mutant("dA of the first subset of rows only", "outer.cu", "for (int s = 0; s < Math::subsets(V); ++s) sum",
            "for (int s = 0; s < 1; ++s) sum", f"{GRAPH_BACKWARD}[plain-float32]"),
+    Mutant("dA takes the rows of a fragment's upper half from its lower one", "outer.cu", "d[i * 4 * pitch(0) + n * 8]",
+           "d[n * 8]", f"{GRAPH_BACKWARD}[plain-tf32]"),
+    Mutant("rows past the last are not cleared", "outer.cu", "r < rows && v < V ?", "v < V ?",
+           f"{GRAPH_BACKWARD}[plain-bfloat16]"),
+    Mutant("slots of the groups before are not counted", "plan.cu", "(blocks < units ? blocks : units)",
+           "(blocks < units ? 0 : units)", f"{GROUPS}[vectors at 0.05-bfloat16-forward]", (), True),
+    Mutant("a key's slots are counted in the first part only", "plan.cu", "total += count[p * keys + i];",
+           "total += p ? 0 : count[p * keys + i];", f"{GROUPS}[vectors at 0.5-bfloat16-forward]"),
 ]  # fmt: skip
 
 
