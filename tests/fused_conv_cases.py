@@ -64,7 +64,7 @@ CASES = [
     Case("(32, 32), stride 2", I=64, O=64, T=6, K=3, stride=2, block=(32, 32), density=0.5),
     Case("dense", I=3, O=8, T=6, density=1.0),
     Case("no block", I=4, T=6, density=0.0, scale=True, residual=True, relu=True),
-    Case("one block", I=4, O=24, T=6, density=0.001),
+    Case("one block", I=4, O=24, T=6, density=0.04),
     Case("no sample", N=0),
     Case("ST-GCN, 64 channels", I=64, O=64, T=20, density=0.05, residual=True, relu=True),
     Case("ST-GCN, 64 to 128", I=64, O=128, T=13, stride=2, density=0.05, shared=99 << 10),
@@ -124,6 +124,7 @@ def make(case: Case, dtype: torch.dtype, integers: bool = False) -> Problem:
     (bo, bi), shape = case.block, (case.O, case.I, case.K)
     grid = (-(-case.O // bo), -(-case.I // bi), case.K)
     pattern = BlockPattern.from_blocks(torch.rand(grid, generator=random) < case.density, shape, case.block)
+    assert (pattern.num_blocks > 0) == (case.density > 0), f"{case.name}: draw another pattern"
     return Problem(
         case,
         pattern,

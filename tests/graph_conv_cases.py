@@ -121,6 +121,7 @@ def make(case: Case, dtype: torch.dtype, integers: bool = False) -> Problem:
     (bo, bi), shape = case.block, (case.O, case.I, case.K)
     grid = (-(-case.O // bo), -(-case.I // bi), case.K)
     pattern = BlockPattern.from_blocks(torch.rand(grid, generator=random) < case.density, shape, case.block)
+    assert (pattern.num_blocks > 0) == (case.density > 0), f"{case.name}: draw another pattern"
     outer = {"shared": (), "sample": (case.N, case.K), "channel": (case.N, case.K, case.O)}[case.adjacency] or (case.K,)
     return Problem(
         case,

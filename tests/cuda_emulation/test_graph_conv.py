@@ -40,7 +40,8 @@ CASES = [
     Case("plain"),
     Case("per sample", adjacency="sample", epilogue=True),
     Case("per channel", adjacency="channel", epilogue=True),
-    Case("a share of several samples", N=5, I=4, O=8, T=2, V=9, K=2, adjacency="sample"),
+    Case("a share of several samples", N=5, I=4, O=8, T=2, V=9, K=2, density=0.7, adjacency="sample"),
+    Case("few of many rows", N=1, O=40, T=5, density=0.08),
     Case("per channel, ragged", I=5, O=11, T=5, V=17, adjacency="channel", block=(4, 4), density=0.5),
     Case("one vertex, one frame", V=1, T=1),
     Case("17 vertices", V=17, T=9, epilogue=True),
@@ -124,6 +125,7 @@ def make(case: Case, dtype: torch.dtype, integers: bool = False) -> Problem:
     (bo, bi), shape = case.block, (case.O, case.I, case.K)
     grid = (-(-case.O // bo), -(-case.I // bi), case.K)
     pattern = BlockPattern.from_blocks(torch.rand(grid, generator=random) < case.density, shape, case.block)
+    assert (pattern.num_blocks > 0) == (case.density > 0), f"{case.name}: draw another pattern"
     outer = {"shared": (case.K,), "sample": (case.N, case.K), "channel": (case.N, case.K, case.O)}[case.adjacency]
     return Problem(
         case,

@@ -106,7 +106,8 @@ MUTANTS = [
     Mutant("rows of one subset only are made", "plan.cu", "a.K + tap) * a.chunk", "a.K + 0) * a.chunk",
            f"{GRAPH_FORWARD}[plain-float32]"),
     Mutant("live rows of the transposed index without its permutation", "plan.cu",
-           "tap = a.tap[a.perm ? a.perm[j] : j], channel", "tap = a.tap[j], channel", f"{GRAPH_BACKWARD}[plain-float32]"),
+           "tap = a.tap[a.perm ? a.perm[j] : j], channel", "tap = a.tap[j], channel",
+           f"{GRAPH_BACKWARD}[few of many rows-float32]"),
     Mutant("dx with the adjacency as it is", "graph_conv.cu", "run_gather<true>(g, back,", "run_gather<true>(g, adjacency,",
            f"{GRAPH_BACKWARD}[plain-tf32]", (), True),
     Mutant("dw reads rows before they are made", "weight_gradient.cu",
@@ -129,7 +130,7 @@ MUTANTS = [
     Mutant("rows past the last are not cleared", "outer.cu", "r < rows && v < V ?", "v < V ?",
            f"{GRAPH_BACKWARD}[plain-bfloat16]"),
     Mutant("slots of the groups before are not counted", "plan.cu", "(blocks < units ? blocks : units)",
-           "(blocks < units ? 0 : units)", f"{GROUPS}[vectors at 0.05-bfloat16-forward]", (), True),
+           "(blocks < units ? 0 : units)", f"{GROUPS}[vectors at 0.05-float32-forward]", (), True),
     Mutant("a key's slots are counted in the first part only", "plan.cu", "total += count[p * keys + i];",
            "total += p ? 0 : count[p * keys + i];", f"{GROUPS}[vectors at 0.5-bfloat16-forward]"),
 ]  # fmt: skip
