@@ -70,6 +70,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) mix_kernel(MixArgs
 template <class T> const char* launch_mix(const MixArgs& a, dim3 grid, int64_t bytes, void* stream) {
     return LAUNCH((mix_kernel<T>), grid, THREADS, bytes, stream, a);
 }
+
 }  // namespace
 
 int64_t mix_shared(int K, int V) { return (int64_t(K) * V * rounded(V, 32) + WARPS * FRAMES * V) * 4; }
