@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .kernels import BlockPattern
 from .recognizer import Recognizer
-from .sparsity import densify, maskable_convs, stage
+from .sparsity import compact, densify, maskable_convs, stage
 
 __all__ = ["average"]
 
@@ -29,7 +29,7 @@ def average(models: Sequence[Recognizer]) -> Recognizer:
         raise ValueError("Expected at least one model. Got none.")
     if any(model.config != models[0].config for model in models):
         raise ValueError("Expected models of one architecture, whose weights correspond. Got different ones.")
-    states = [densify(copy.deepcopy(model), forget=True).state_dict() for model in models]
+    states = [densify(_live(copy.deepcopy(model)), forget=True).state_dict() for model in models]
     mean = Recognizer.from_config(models[0].config).to(next(models[0].parameters()).device)
     mean.load_state_dict({key: _mean([state[key] for state in states]) for key in states[0]})
     if all(stage(model) != "dense" for model in models):
@@ -38,6 +38,13 @@ def average(models: Sequence[Recognizer]) -> Recognizer:
             conv.attach(_union([own[name].pattern for own in convs], name))
             conv.compact()
     return mean.eval()
+
+
+def _live(model: Recognizer) -> Recognizer:
+    """The model in the compact stage, if it has masks: a warm-up trains masked weights too."""
+    if stage(model) == "warmup":
+        compact(model)
+    return model
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:

@@ -80,10 +80,17 @@ def save(model: nn.Module, path: str | Path, *, dtype: Dtype = "float32", coding
         2
 
     Raises:
+        TypeError: the model is neither.
         ValueError: ``dtype`` or ``coding`` is unknown or does not fit the model: a weight too large for float16, or patterns
             that no seed gives.
         OSError: the directory is missing or full; ``path`` is then as it was.
     """
+    if not isinstance(model, (Recognizer, Ensemble)):
+        raise TypeError(f"Expected model to be a Recognizer or an Ensemble. Got {type(model).__name__}; save the network that "
+                        "optimize made it from.")
+    if not all(member.config for member in getattr(model, "members", [model])):
+        raise ValueError("Expected a network that can be built again from its config. Got a Recognizer without one; use "
+                         "create_model.")
     tensors, description = pack(model, dtype, coding)
     return write_tensors(path, tensors, {**description, "meta": meta})
 
@@ -101,6 +108,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
         ValueError: not such a file, or one whose contents do not fit together.
         OSError: the file cannot be read.
     """
+    if Path(path).is_dir():
+        raise ValueError(f"Expected path to be a file. Got the directory {path}; name model.safetensors or another file in it.")
     tensors, description = read_tensors(path)
     try:
         model = rebuild(tensors, description)

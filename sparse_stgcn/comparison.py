@@ -30,10 +30,11 @@ def read_nested(folder: str, configs: Sequence[TrainConfig]) -> dict[str, Any]:
     with validating("--nested"):
         result = json.loads(path.read_text(encoding="utf-8"))
     config = result.get("config", {})
-    levels, apart = sorted(config.get("levels", [])), sorted(float(c.sparsity) for c in configs)
+    # As text: the level of an automatic run is no number, and no level of a run of multilevel.
+    levels, apart = sorted(f"{level:g}" for level in config.get("levels", [])), sorted(c.level for c in configs)
     if levels != apart:
-        raise UserError(f"Expected --nested with the levels of the work directories, {_join(apart)}. "
-                        f"Got {folder} with {_join(levels) or 'none'}.")
+        raise UserError(f"Expected --nested with the levels of the work directories, {' '.join(apart)}. "
+                        f"Got {folder} with {' '.join(levels) or 'none'}.")
     for key in _SAME:
         if config[key] != getattr(configs[0], key):
             raise UserError(f"Expected --nested to be of the same network and input. Got {key} {config[key]} in {folder} and "
@@ -92,7 +93,3 @@ def _row(way: str, result: Mapping[str, Any], size: int, seconds: float) -> dict
 
 def _training(seconds: Mapping[str, float]) -> float:
     return sum(value for key, value in seconds.items() if key not in _NOT_TRAINING)
-
-
-def _join(levels: Sequence[float]) -> str:
-    return " ".join(f"{level:g}" for level in levels)

@@ -12,7 +12,7 @@ import tyro
 import yaml
 
 from .errors import UserError, one_of, validating
-from .options import OptionalFloat, OptionalInt, OptionalStr, check_device, coerce, flag, read_mapping
+from .options import OptionalFloat, OptionalInt, OptionalStr, check_device, check_part, coerce, flag, read_mapping
 
 if TYPE_CHECKING:
     from .allocation.budget import Budget
@@ -41,7 +41,8 @@ WARMUP = {"synthetic": 1 / 6, "small": 0.085, "large": 0.6}
 
 T = TypeVar("T", bound="TrainConfig")
 
-# What may differ between the first part of a run and its continuation: where it runs, not what it computes.
+# What may differ between the first part of a run and its continuation: where it runs, not what it computes. The data may
+# lie elsewhere; that they are the same is checked when they have been opened, see training/same_data.py.
 _FREE_ON_RESUME = ("config", "resume", "data", "device", "threads", "workers", "keep", "save_every_steps", "tensorboard")
 _NOT_RECORDED = ("config", "resume")
 
@@ -67,7 +68,7 @@ class TrainConfig:
     data: OptionalStr = None
     """Archive (.npz or directory). Without it the embedded synthetic set is used."""
     split: OptionalStr = None
-    """Evaluation protocol of the archive, e.g. xsub. Default: the archive's only or first one."""
+    """Evaluation protocol of the archive, e.g. xsub. Default: train and test (or val), or the only one; of several name one."""
     fold: OptionalInt = None
     """Fold to hold out, for data sets split into folds."""
     layout: OptionalStr = None
@@ -117,7 +118,8 @@ class TrainConfig:
     epochs: OptionalInt = None
     """Epochs of both stages together."""
     warmup_epochs: OptionalInt = None
-    """Epochs of the dense warm-up. Default: 0.6 of the epochs, a sixth on the synthetic set."""
+    """Epochs of the dense warm-up. Default: 0.6 of the epochs; 0.085 of them with fewer than 10,000 training sequences, a sixth
+    on the synthetic set."""
     batch_size: OptionalInt = None
     """Sequences per step, of all processes together."""
     auto_batch: bool = False
@@ -216,7 +218,7 @@ class TrainConfig:
         """
         full = replace(self, **{k: v for k, v in PRESETS[preset].items() if getattr(self, k) is None})
         if full.warmup_epochs is None and full.epochs is not None:
-            warmup = min(round(WARMUP[preset] * full.epochs), full.epochs - 1)
+            warmup = min(max(1, round(WARMUP[preset] * full.epochs)), full.epochs - 1)
             full.warmup_epochs = warmup if full.sparse else 0
         if full.sparsity == "auto":
             full.density = "auto"
@@ -284,6 +286,7 @@ class TrainConfig:
         if self.data is None and self.fold is not None:
             raise UserError("Expected --fold together with --data. The synthetic set has no folds; remove "
                             "--fold.")
+        check_part(self.split, self.fold)
         if self.device is not None:
             check_device(self.device)
 
@@ -295,6 +298,9 @@ class TrainConfig:
             self.limit()
             if self.density == "erk":
                 raise UserError("Expected --sparsity auto with its own densities. Got --density erk; leave it out.")
+        if self.automatic and self.method == "magnitude":
+            raise UserError("Expected --sparsity auto and --density auto with a method that draws masks from the seed. Got "
+                            "--method magnitude; name another method, or a number as --sparsity and --density uniform or erk.")
         if self.automatic and self.method == "predefined":
             raise UserError("Expected --mask-file without --sparsity auto and --density auto: a file has its own densities. "
                             "Remove one of the two.")
@@ -350,6 +356,8 @@ class TrainConfig:
         here = replace(self, **{f.name: getattr(there, f.name) for f in fields(self) if getattr(self, f.name) is None})
         if here.method == "predefined":
             here.sparsity = there.sparsity  # the file set it
+        if here.sparsity == "auto" and here.density == "uniform":
+            here.density = there.density  # the default, in place of which the run recorded that it chose
         if here.auto_batch:
             here.accumulate = there.accumulate
         changed = [flag(f.name) for f in fields(self) if f.name not in (*_FREE_ON_RESUME, "work_dir")

@@ -69,21 +69,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     nested = None if asked.nested is None else comparison.read_nested(asked.nested, configs)
 
     from .averaging import average
-    from .checkpoint import load, save, write_atomically
+    from .checkpoint import load, read_metadata, save, write_atomically
     from .evaluate import check_fit
     from .recognizer import Ensemble
     from .scores import predict_all
     from .training import run as training
 
     out = Path(asked.out or Path(asked.work_dirs[0]).with_name(Path(asked.work_dirs[0]).name + "-ensemble"))
+    if (out / "config.yaml").exists():
+        raise UserError(f"Expected --out to be a directory of its own. Got {out}, which holds a run whose results it would "
+                        "replace; name another.")
     archive = training.open_archive(configs[0])
     resolved = [training.resolve(config, archive) for config in configs]
     config = resolved[0]
     training.set_up_torch(config)
     with validating():
         models = [load(Path(folder) / "model.safetensors", config.device or "cpu") for folder in asked.work_dirs]
-        for model in models:
-            check_fit(model, archive)
+        for folder, model in zip(asked.work_dirs, models, strict=True):
+            check_fit(model, archive, read_metadata(Path(folder) / "model.safetensors")["meta"].get("label_names") or ())
         ensemble = Ensemble(models).eval()
         mean = average(models) if asked.average else None
         out.mkdir(parents=True, exist_ok=True)

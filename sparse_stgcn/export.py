@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -55,11 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"Expected --dtype and --coding with --to safetensors alone. Got --to {asked.to}.")
     from . import portable
     from .checkpoint import load, read_metadata
+    from .inputs import checkpoint_file
 
     if asked.to == "onnx":
         portable.require_onnx()
-    source = Path(asked.source)
-    source = source / "model.safetensors" if source.is_dir() else source
+    source = checkpoint_file(asked.source)
     out = Path(asked.out) if asked.out else source.with_suffix(TARGETS[asked.to])
     with validating():
         model, meta = load(source), read_metadata(source)["meta"]
@@ -130,10 +132,13 @@ def _as_safetensors(asked: ExportConfig, model: nn.Module, meta: dict[str, Any],
     from .checkpoint import dense_bytes, load, save
 
     members = list(getattr(model, "members", [model]))
-    with validating():
-        size = save(model, out, dtype=asked.dtype, coding=asked.coding, **meta)  # type: ignore[arg-type]
+    example, whole = _example(asked, model, meta), asked.dtype == "float32"
+    with validating(), TemporaryDirectory(dir=out.parent) as scratch:  # what was there is replaced by what was checked
+        file = Path(scratch) / out.name
+        size = save(model, file, dtype=asked.dtype, coding=asked.coding, **meta)  # type: ignore[arg-type]
+        worst = portable.check(load(file), model, example, True, portable.TOLERANCE if whole else portable.ROUGH)
+        os.replace(file, out)
     dense = sum(map(dense_bytes, members))
-    worst = portable.difference(load(out), model, _example(asked, model, meta), True)
     return [f"checked   largest difference {worst:.1e} of the largest output, from float32 to {asked.dtype}",
             f"file      {out}, {size / 1e3:,.0f} kB, {dense / size:.1f}x smaller than dense float32"]
 

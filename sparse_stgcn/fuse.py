@@ -12,7 +12,7 @@ import tyro
 from . import fusion
 from .errors import UserError, one_of, run, validating
 from .metrics import top_k_accuracy
-from .options import OptionalInt, OptionalStr
+from .options import OptionalInt, OptionalStr, check_part
 
 __all__ = ["FuseConfig", "main"]
 
@@ -22,7 +22,7 @@ class FuseConfig:
     """Combine score files by sample id: .npz of evaluate, PYSKL's result.pkl, CTR-GCN's score pickles."""
 
     files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE...")]
-    """Score files, in the order of the weights (presets: j b jm bm)."""
+    """Score files or work directories, in the order of the weights (presets: j b jm bm)."""
     weights: str = "equal"
     """equal, pyskl2 (1:1), pyskl4 (2:2:1:1), ctrgcn4 (.6:.6:.4:.4, raw scores), or numbers: 2,2,1,1."""
     on: OptionalStr = None
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = tyro.cli(FuseConfig, args=argv, prog="python -m sparse_stgcn.fuse")
     if not asked.files:
         raise UserError("Expected at least one score file. Got none.")
+    check_part(asked.split, asked.fold)
     weights, on = fusion.parse_weights(asked.weights, len(asked.files))
     on = asked.on or on
     one_of("--on", on, fusion.KINDS)

@@ -74,6 +74,8 @@ class Member:
 def read(path: str | Path) -> Member:
     """The scores of a file: ``.npz`` of ``evaluate``, PYSKL's ``result.pkl`` or CTR-GCN's score pickle.
 
+    Of a work directory it is ``scores.npz``.
+
     PYSKL dumps a bare list, one array per sample in the order of its annotation file, so there are no ids;
     CTR-GCN dumps a dict from id to raw score. Rows that are non-negative and sum to 1 are taken for
     probabilities. Pickles go through the restricted unpickler: NumPy arrays and plain containers only.
@@ -82,6 +84,11 @@ def read(path: str | Path) -> Member:
         UserError: no such file, or not one of these.
     """
     path = Path(path)
+    if path.is_dir():
+        if not (path / "scores.npz").is_file():
+            raise UserError(f"Expected a score file or a work directory with scores.npz. Got {path} without; test its network "
+                            "with python -m sparse_stgcn.evaluate.")
+        path = path / "scores.npz"
     if not path.is_file():
         raise UserError(f"Expected a score file. Got {path}, which does not exist.")
     if path.suffix == ".npz":

@@ -4,7 +4,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("Expected a trained network or --backbone, not both. Remove one of the two.")
     with validating():
         if asked.source is not None:
-            models = [trained(Path(asked.source))]
+            models = trained(asked.source)
         else:
             models = [fresh(name, asked) for name in ([asked.backbone] if asked.backbone else BACKBONES)]
         text = "\n\n".join(describe(model, asked.frames, asked.persons) for model in models)
@@ -108,11 +107,13 @@ def fresh(name: str, asked: InfoConfig) -> Recognizer:
     return model
 
 
-def trained(path: Path) -> Recognizer:
-    """The network of a work directory or of a checkpoint file."""
+def trained(path: str) -> list[Recognizer]:
+    """The network of a work directory or of a checkpoint file; of an ensemble its members."""
     from .checkpoint import load
+    from .inputs import checkpoint_file
 
-    return load(path / "model.safetensors" if path.is_dir() else path)
+    model = load(checkpoint_file(path))
+    return list(getattr(model, "members", [model]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """InputFormat: what the file of a network says about its input, and the way from a user's array to it."""
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .data import transforms as tf
 from .data.joints import joint_order
 from .data.preparation import IMAGE, Preparation
 from .data.resample import resample
@@ -20,6 +22,7 @@ from .skeleton import Skeleton
 __all__ = ["InputFormat", "checkpoint_file", "label_names_of"]
 
 _FLAT_LAYOUTS = ("coco", "openpose", "handmp")  # of files that do not say how many coordinates they were trained on
+_CROWD = 6  # persons up to which an array is not suspected of other axes
 _FILES = ("model.safetensors", "ensemble.safetensors")
 
 
@@ -55,7 +58,9 @@ class InputFormat:
         backbone, protocol = member.backbone, dict(meta.get("protocol") or {})
         names = ("stream", "clip_len", "num_person", "align", "sampler", "box")
         known = {name: protocol[name] for name in names if protocol.get(name) is not None}
-        known["num_person"] = backbone.num_person or known.get("num_person", Preparation.num_person)
+        members = model.members if isinstance(model, Ensemble) else [member]
+        fixed = [own.backbone.num_person for own in members if own.backbone.num_person is not None]
+        known["num_person"] = fixed[0] if fixed else known.get("num_person", Preparation.num_person)
         preparation = Preparation(backbone.skeleton, num_clips=clips or protocol.get("clips") or 10,
                                   missing=missing or protocol.get("missing") or "keep", **known)
         if backbone.in_channels != 3 * len(preparation.feats):
@@ -65,7 +70,8 @@ class InputFormat:
         return cls(preparation, coordinates == 2, protocol.get("fps"), protocol.get("persons") or preparation.num_person)
 
     def ratio(self, fps: float | None) -> float:
-        """Frames of the input per frame that the network expects; 1 where a rate is not known.
+        """Frames of the input per frame that the network expects; 1 where a rate is not known, with a warning if it is the
+        network's.
 
         Raises:
             UserError: fps is not a positive number.
@@ -74,7 +80,11 @@ class InputFormat:
             return 1.0
         if not 0 < fps < float("inf"):
             raise UserError(f"Expected fps to be a positive number. Got {fps}.")
-        return 1.0 if self.fps is None else fps / self.fps
+        if self.fps is None:
+            warnings.warn(f"Expected fps with a network that knows the frame rate of its training data. Got fps={fps:g}, which "
+                          "is without effect; give convert --fps and train again.", stacklevel=3)
+            return 1.0
+        return fps / self.fps
 
     def order(self, layout: Any) -> tuple[int, np.ndarray | None]:
         """Joints of an array of ``layout`` (None: that of the network), and where in it the network's joints are.
@@ -99,7 +109,9 @@ class InputFormat:
             keypoint: (M, T, V, C) or (T, V, C); for a 2D network C is 2, or 3 with the confidence as the third.
             layout: of the array, see ``order``.
             score: (M, T, V) or (T, V), confidence of 2D joints.
-            order: what ``order(layout)`` gave, where it is known already.
+            order: what ``order(layout)`` gave, where it is known already, as of frames of a stream.
+
+        A warning says where more persons than frames look like (T, M, V, C); not with ``order``: frames come one by one.
 
         Raises:
             UserError: the shape, the dtype or the layout does not fit.
@@ -112,6 +124,9 @@ class InputFormat:
                             f"{' or '.join(map(str, channels))}. Got {value.shape}; name its layout if it is another.")
         if value.dtype.kind not in "fiu":
             raise UserError(f"Expected keypoint to hold numbers. Got {value.dtype}.")
+        if order is None and value.ndim == 4 and len(value) > max(_CROWD, value.shape[1]):
+            warnings.warn(f"Expected (M, T, V, C), persons before frames. Got {len(value)} persons of {value.shape[1]} frames; "
+                          "if it is (T, M, V, C), swap the first two axes, those of a file with --order MTVC.", stacklevel=3)
         value = value if value.dtype.kind == "f" else value.astype(np.float32)
         confidence = None if score is None else np.asarray(score, value.dtype)
         if confidence is not None and (not self.flat or confidence.shape != value.shape[:-1]):
@@ -132,8 +147,12 @@ class InputFormat:
         lost = keypoint.dtype.type(0 if self.preparation.missing == "keep" else np.nan)
         return np.where(finite[..., None], keypoint, lost), None if score is None else np.where(finite, score, lost)
 
+    def seen(self, keypoint: np.ndarray) -> bool:
+        """Whether somebody is seen in what ``known`` made; where the preparation sees nobody, this does not either."""
+        return bool((np.abs(keypoint) > (0 if self.flat else tf.SEEN)).any())
+
     def features(self, keypoint: ArrayLike, layout: Any = None, fps: float | None = None, score: ArrayLike | None = None,
-                 image: tuple[float, float] = IMAGE) -> np.ndarray:
+                 image: tuple[float, float] = IMAGE, order: tuple | None = None) -> np.ndarray:
         """What clips are drawn from, (M, T', V, C) float32.
 
         Of more persons than the training data have, those stay who matter most, as in ``convert --max-persons``.
@@ -142,10 +161,11 @@ class InputFormat:
         Raises:
             UserError: like ``array`` and ``ratio``, or nobody is seen in any frame.
         """
-        value, confidence = self.array(keypoint, layout, score)
+        value, confidence = self.array(keypoint, layout, score, order)
         value, confidence = self.known(value, confidence)
-        if not np.nan_to_num(value).any():
-            raise UserError("Expected keypoint with a person in at least one frame. Got zeros or NaN only.")
+        if not self.seen(value):
+            raise UserError("Expected keypoint with a person in at least one frame. Got zeros or NaN only"
+                            f"{'' if self.flat else f' (up to {tf.SEEN:g}, a coordinate is zero)'}.")
         if len(value) > self.persons:
             frames_first = lambda x: np.nan_to_num(x).swapaxes(0, 1)
             chosen = persons_that_matter(frames_first(value), None if confidence is None else frames_first(confidence),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .kernels import BlockPattern, graph_conv, graph_product, share, spans, split, temporal_conv
-from .kernels.dispatch import runs_natively
+from .kernels.dispatch import beside, runs_natively
 from .layers import SparseConv2d, unwatched
 
 __all__ = ["joined", "live_stack", "stacked", "sum_over_graphs"]
@@ -53,7 +53,7 @@ def _as_one(convs: Sequence[SparseConv2d], x: Tensor) -> tuple[Tensor, list[tupl
     live = _live(convs)
     if live is not None:
         values, pattern, bias, rooms = live
-        y = temporal_conv(x, values, pattern, bias, convs[0].stride)
+        y = temporal_conv(beside(x, values), values, pattern, bias, convs[0].stride)
         return y, [(begin, begin + width) for (begin, _), width in zip(spans(rooms), widths, strict=True)]
     if any(conv.stage == "compact" for conv in convs):
         return None
@@ -111,6 +111,7 @@ def sum_over_graphs(convs: Sequence[SparseConv2d], x: Tensor, graphs: Tensor) ->
     pattern, order, inverse = _stack(patterns)
     values = _Reordered.apply(torch.cat([conv.live().values for conv in convs]), order, inverse)  # type: ignore[union-attr]
     offset = None if convs[0].bias is None else torch.stack([conv.bias for conv in convs]).sum(0)  # type: ignore[misc]
+    x = beside(x, values)
     return graph_conv(x, values, pattern, graphs.to(x.dtype), offset=offset)
 
 

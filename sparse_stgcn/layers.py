@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .batch_norms import join_parameters, norm_fuses, normalise, track_all
 from .kernels import BlockPattern, LiveConv, _native, again, branches, graph_conv, graph_product, max_pool, temporal_conv
 from .kernels.branches import Map, fuses
-from .kernels.dispatch import runs_natively, widened, widened_dtype
+from .kernels.dispatch import beside, runs_natively, widened, widened_dtype
 
 __all__ = ["Maps", "SparseConv2d", "TemporalUnit", "Units", "as_maps", "normed", "pointwise_unit", "run_units", "unwatched"]
 
@@ -52,8 +52,8 @@ class SparseConv2d(nn.Module):
         subsets: int = 1,
     ) -> None:
         super().__init__()
-        if kernel_size % 2 == 0:
-            raise ValueError(f"Expected kernel_size to be odd. Got {kernel_size}.")
+        if not hasattr(kernel_size, "__index__") or kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"Expected kernel_size to be an odd whole number, the frames that it spans. Got {kernel_size!r}.")
         if subsets > 1 and (kernel_size, stride) != (1, 1):
             raise ValueError(
                 f"Expected a graph convolution (subsets > 1) to have kernel_size 1 and stride 1. "
@@ -193,6 +193,21 @@ class SparseConv2d(nn.Module):
         self.weight = nn.Parameter(dense, requires_grad=self.values.requires_grad)
         self.values = None
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.values is not None and hasattr(destination, "_metadata"):
+            # Masks of other seeds have as many blocks: shapes do not tell them apart. No key of its own: keys are PyTorch's.
+            destination._metadata[prefix[:-1]]["pattern"] = self.pattern.digest()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+                              unexpected_keys: list[str], error_msgs: list[str]) -> None:
+        given = local_metadata.get("pattern")
+        if self.values is not None and given not in (None, self.pattern.digest()):
+            error_msgs.append(f"Expected {prefix}values of the pattern that this network has. Got those of another one; load a "
+                              "file of the whole network with sparse_stgcn.load, or densify both first.")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.subsets > 1:
             raise ValueError(
@@ -200,7 +215,7 @@ class SparseConv2d(nn.Module):
             )
         live = self.live()
         if live is not None:
-            return temporal_conv(x, live.values, live.pattern, live.bias, self.stride, self.dilation)
+            return temporal_conv(beside(x, live.values), live.values, live.pattern, live.bias, self.stride, self.dilation)
         padding = (self.kernel_size - 1) // 2 * self.dilation
         return F.conv2d(x, self.dense_weight(), self.bias, (self.stride, 1), (padding, 0), (self.dilation, 1))
 
@@ -215,6 +230,7 @@ class SparseConv2d(nn.Module):
         bias = None if self.bias is None else self.bias.view(self.subsets, self.out_channels)
         live = self.live()
         if live is not None:
+            x, adjacency = beside(x, live.values), beside(adjacency, live.values)
             return graph_conv(x, live.values, live.pattern, adjacency, bias, support=support)
         if self.training and torch.is_grad_enabled() and runs_natively("graph_product", x):
             weight = torch.cat(self.dense_weight().chunk(self.subsets), 1)  # one product over all subsets

@@ -22,8 +22,9 @@ __all__ = ["LotteryConfig", "main"]
 class LotteryConfig:
     """Find winning tickets (the paper's Figure 3): test accuracy over sparsity, from pre-trained and random weights.
 
-    Data, network and schedule are those of a run in D; its network is the pre-trained one. The results are in
-    lottery.json; what is there already is not computed again, and an interrupted command goes on when it is repeated.
+    Data, network and schedule are those of a run in D; its network is the pre-trained one. No weights are averaged here,
+    even if D was trained with --ema. The results are in lottery.json; what is there already is not computed again, and an
+    interrupted command goes on when it is repeated.
     """
 
     work_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="D")]
@@ -148,6 +149,7 @@ def check(asked: LotteryConfig) -> TrainConfig:
             base.device = None
     names = ("epochs", "lr", "device", "threads", "workers")
     base = replace(base, sparsity=0.0, budget=None, warmup_epochs=0, method="random", mask_file=None, init=None,
+                   ema=None,  # what is cut, rewound, tested and saved are the weights that are trained
                    **{k: v for k in names if (v := getattr(asked, k)) is not None})
     base.validate()
     if not 0 <= asked.rewind_epoch < (base.epochs or 1):

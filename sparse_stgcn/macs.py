@@ -1,4 +1,8 @@
-"""Multiply-adds of a model per sample, dense and with its patterns, by block and by kind of work."""
+"""Multiply-adds of a model per sample, dense and with its patterns, by block and by kind of work.
+
+They are the work of the network as it is written: a runtime that needs fewer products for the same output, because it joins
+some of them or leaves out what nothing reads, can exceed 100 % of a processor's peak by this count.
+"""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -32,7 +36,8 @@ class Count:
             build a ``graph``, ``other`` (attention, classifier).
         dense: of the dense network as PYSKL computes it.
         effective: with kept weights only, without the zeros of a fixed graph, and with CTR-GCN's embeddings
-            computed after the mean over time, as this package does.
+            computed after the mean over time, as this package does. The operations are those of the network as it is
+            written; a runtime may need fewer.
     """
 
     name: str

@@ -4,6 +4,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .errors import UserError
+
 __all__ = ["confusion_matrix", "expected_calibration_error", "mean_class_accuracy", "summary", "top_k_accuracy"]
 
 
@@ -23,7 +25,8 @@ def top_k_accuracy(scores: ArrayLike, labels: ArrayLike, k: int = 1) -> float:
         0.5
 
     Raises:
-        ValueError: wrong shapes, N = 0, a score that is NaN, a label out of range, or k < 1.
+        ValueError: wrong shapes, N = 0, a label out of range, or k < 1.
+        UserError: a score that is NaN, which is no fault of the caller's but of the network or its input.
     """
     scores, labels = _checked(scores, labels)
     if k < 1:
@@ -91,7 +94,8 @@ def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.floating]
     if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= scores.shape[1]:
         raise ValueError(f"Expected integer labels in [0, {scores.shape[1]}). Got {labels.dtype} in "
                          f"[{labels.min()}, {labels.max()}].")
-    if np.isnan(scores).any():
-        raise ValueError("Expected scores without NaN. Got NaN; the network's weights or its input are "
-                         "broken.")
+    bad = np.isnan(scores).any(1)
+    if bad.any():
+        raise UserError(f"Expected scores without NaN. Got NaN for {bad.sum()} of {len(bad)} samples; the network's weights or "
+                        "its input are broken: check the data, or train again with a lower --lr.")
     return scores, labels.astype(np.int64)

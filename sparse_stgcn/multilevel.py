@@ -35,7 +35,7 @@ class MultiLevelConfig(TrainConfig):
     levels: tuple[float, ...] = LEVELS
     """Sparsities, at least two. The lowest is the widest network."""
     between: int = 1
-    """How many levels between the widest and the sparsest are trained in a step, drawn anew each time."""
+    """How many levels between the widest and the sparsest are trained in a step, drawn anew each time; of two levels none."""
     distillation: float = 1.0
     """Share of the widest's answer in the target of the other levels, in [0, 1]; the labels have the rest."""
     classifier: str = "own"
@@ -48,6 +48,8 @@ class MultiLevelConfig(TrainConfig):
     def __post_init__(self) -> None:
         self.levels = tuple(float(level) for level in self.levels)
         self.sparsity = min(self.levels, default=0.0)
+        if self.between == 1 and len(self.levels) == 2:
+            self.between = 0  # there is none between two
 
     @property
     def sorted_levels(self) -> list[float]:

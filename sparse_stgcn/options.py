@@ -10,7 +10,8 @@ import yaml
 
 from .errors import UserError
 
-__all__ = ["OptionalFloat", "OptionalInt", "OptionalStr", "check_device", "coerce", "flag", "read_mapping"]
+__all__ = ["OptionalFloat", "OptionalInt", "OptionalStr", "check_device", "check_part", "coerce", "flag", "image_size",
+           "read_mapping"]
 
 # A flag that may be left out. Its help text says what happens then, which "(default: None)" would not.
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
@@ -62,6 +63,19 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def image_size(text: str) -> tuple[int, int]:
+    """Height and width of "HxW".
+
+    Raises:
+        UserError: not two numbers of at least 1.
+    """
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f"Expected --image to be HEIGHTxWIDTH in pixels, such as 1080x1920, or 1x1 for coordinates that are "
+                        f"parts of the image. Got {text!r}.")
+    return int(parts[0]), int(parts[1])
+
+
 def check_device(name: str, argument: str = "--device") -> None:
     """Check that torch knows the device and that it is there.
 
@@ -79,3 +93,14 @@ def check_device(name: str, argument: str = "--device") -> None:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"Expected {argument} to be a device of this machine. Got {name!r}, but torch sees "
                         f"{torch.cuda.device_count()} CUDA devices; use --device cpu.")
+
+
+def check_part(split: str | None, fold: int | None) -> None:
+    """Check that the part of an archive to test on is named once: a fold is a split, too.
+
+    Raises:
+        UserError: it is named twice.
+    """
+    if split is not None and fold is not None:
+        raise UserError(f"Expected --split or --fold, as each names the sequences to test on. Got --split {split} and --fold "
+                        f"{fold}; remove one of the two.")

@@ -83,7 +83,11 @@ class ConfusionPlot:
         from .scores import Scores
 
         _suffix(self.out)
-        scores = Scores.load(_in_work_dir(self.source, "scores.npz"))
+        file = _in_work_dir(self.source, "scores.npz")
+        if not file.is_file():
+            raise UserError(f"Expected SOURCE to be the work directory of a finished run, or a score file. Got {file}, which "
+                            "does not exist.")
+        scores = Scores.load(file)
         counts = confusion_matrix(scores.probability, scores.label)
         figure = plots.confusion(counts, label_names(self.source, len(counts), self.label_names), self.limit)
         plots.save(figure, self.out)
@@ -169,7 +173,8 @@ class ParetoPlot:
         one_of("--cost", self.cost, COSTS)
         results = tradeoff.read_results(self.sources)
         if not results.entries:
-            raise UserError("Expected results of a sweep or of runs, which hold the accuracy. Got those of benchmarks alone.")
+            raise UserError("Expected results of a sweep or of runs, which hold the accuracy. Got none in "
+                            f"{', '.join(self.sources)}; entries marked former do not count.")
         cost, label = (tradeoff.latency(results, self.batch)
                        if self.cost == "latency" or (self.cost == "auto" and results.rows)
                        else (tradeoff.size, "size of the file (kB)"))
@@ -235,13 +240,12 @@ def short_names(sources: Sequence[str]) -> list[str]:
 
 def _network(source: str) -> Recognizer:
     from .info import trained
-    from .recognizer import Ensemble
 
-    model = trained(Path(source))
-    if isinstance(model, Ensemble):
-        raise UserError(f"Expected a checkpoint of one network. Got an ensemble of {len(model.members)} in {source}; draw its "
+    members = trained(source)
+    if len(members) > 1:
+        raise UserError(f"Expected a checkpoint of one network. Got an ensemble of {len(members)} in {source}; draw its "
                         "members' own files.")
-    return model
+    return members[0]
 
 
 def _in_work_dir(source: str, name: str) -> Path:

@@ -82,11 +82,24 @@ class Predictor:
                  ) -> None:
         if batch_size < 1:
             raise UserError(f"Expected batch_size of at least 1. Got {batch_size}.")
+        classes = (model.members[0] if isinstance(model, Ensemble) else model).cls_head.fc_cls.out_features  # type: ignore[union-attr]
+        if len(label_names) != classes:
+            raise UserError(f"Expected label_names for {classes} classes. Got {len(label_names)}.")
         self.inputs, self.label_names, self.batch_size = inputs, tuple(label_names), batch_size
         self._gives_probabilities = isinstance(model, Ensemble)
         self._device = next(model.parameters()).device
         self._network = optimize(model)
+        self._keep_clips()
+
+    def _keep_clips(self) -> None:
         self._clips = lru_cache(maxsize=256)(self._distinct_clips)  # by the length of a sequence
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_clips"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._keep_clips()
 
     @classmethod
     def load(cls, path: str | Path, clips: int | None = None, missing: str | None = None, device: str | torch.device = "cpu",
@@ -131,6 +144,8 @@ class Predictor:
         Raises:
             UserError: as in a call, with the position of the array.
         """
+        if scores is not None and len(scores) != len(keypoints):
+            raise UserError(f"Expected scores for {len(keypoints)} sequences. Got {len(scores)}.")
         features = []
         for index, (keypoint, score) in enumerate(zip(keypoints, scores or [None] * len(keypoints), strict=True)):
             try:
@@ -141,7 +156,11 @@ class Predictor:
 
     @torch.inference_mode()
     def predict_features(self, features: Sequence[NDArray[np.float32]]) -> list[Prediction]:
-        """The predictions for sequences as ``inputs.features`` makes them."""
+        """The predictions for sequences as ``inputs.features`` makes them.
+
+        Raises:
+            UserError: a probability is no number, because the network has weights that are none, or joints are out of range.
+        """
         chosen = [self._clips(sequence.shape[1]) for sequence in features]
         answers = iter(self._run([(sequence, frames) for sequence, (distinct, _) in zip(features, chosen, strict=True)
                                   for frames in distinct]))
@@ -149,7 +168,7 @@ class Predictor:
         for distinct, which in chosen:
             answer = torch.stack([next(answers) for _ in distinct])[which]
             clips = answer if self._gives_probabilities else answer.softmax(1)
-            predictions.append(Prediction(clips.mean(0).numpy(), self.label_names))
+            predictions.append(Prediction(numbers(clips.mean(0).numpy()), self.label_names))
         return predictions
 
     def _distinct_clips(self, num_frames: int) -> tuple[NDArray[np.int64], torch.Tensor]:
@@ -167,6 +186,14 @@ class Predictor:
             x = torch.from_numpy(made[0] if len(made) == 1 else np.concatenate(made)).to(self._device)
             answers += self._network(x).float().cpu().unbind(0)
         return answers
+
+
+def numbers(probability: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The same. Raises UserError: one of them is NaN, and so no answer."""
+    if not np.isfinite(probability).all():
+        raise UserError("Expected the network to answer with numbers. Got NaN: joints are infinite or too large for float32, "
+                        "or the network's weights are not finite (a training that diverged).")
+    return probability
 
 
 def open_network(path: str | Path, clips: int | None = None, missing: str | None = None, device: str | torch.device = "cpu"

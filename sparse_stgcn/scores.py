@@ -64,7 +64,7 @@ class Scores:
             scores = cls(content["sample"], content["label"], content["probability"], content["logit"], protocol)
         except (KeyError, ValueError, RecursionError) as error:
             raise ValueError(f"Expected {path} to be a score file written by evaluate. "
-                             f"Got: {error}.") from error
+                             f"Got: {str(error).rstrip('.')}.") from error
         kinds = [array.dtype.kind for array in (scores.sample, scores.label, scores.probability, scores.logit)]
         if kinds != ["U", "i", "f", "f"] or not isinstance(protocol, dict):
             raise ValueError(f"Expected {path} to hold sample as text, label as integers, probability and logit as floats, "

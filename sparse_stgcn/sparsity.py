@@ -3,9 +3,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ __all__ = [
     "compact",
     "compact_parameters",
     "densify",
+    "groups_of",
     "mask_layers",
     "maskable_convs",
     "masked",
@@ -58,6 +60,14 @@ def block_of(name: str) -> int:
     return int(found.group(1))
 
 
+def groups_of(names: Sequence[str]) -> list[int]:
+    """The network block of each name, see ``block_of``; what is in none (a network of one's own) is a group by itself."""
+    found = [_BLOCK.search(name) for name in names]
+    blocks = [None if match is None else int(match.group(1)) for match in found]
+    free = count(1 + max((block for block in blocks if block is not None), default=-1))
+    return [next(free) if block is None else block for block in blocks]
+
+
 def parse_block(block: str | tuple[int, int]) -> tuple[int, int]:
     """(bo, bi) from a pair or from text such as ``8x1``."""
     try:
@@ -82,7 +92,7 @@ def sparsify(model: nn.Module, sparsity: float, block: tuple[int, int] | str = (
     """Attach a fixed pattern to every maskable convolution; weights stay dense (warm-up stage).
 
     Args:
-        model: a model in stage ``dense``.
+        model: a model in stage ``dense``: one of ``create_model``, or any other with ``layers.SparseConv2d`` in it.
         sparsity: fraction of the maskable weights that are masked, 0 <= sparsity < 1.
         block: (bo, bi), outputs x inputs of a block at one tap; (1, 1) is unstructured. A block taller or
             wider than every layer is an error; in a layer thinner than the block, blocks are ragged.
@@ -98,7 +108,7 @@ def sparsify(model: nn.Module, sparsity: float, block: tuple[int, int] | str = (
         152,608 of 3,052,096 maskable weights kept (5.00%), 199,344 of 3,098,832 parameters (6.43%)
 
     Raises:
-        ValueError: an argument is out of range, or the model has patterns already.
+        ValueError: an argument is out of range, or the model has patterns already, or nothing that a mask can cover.
     """
     if stage(model) != "dense":
         raise ValueError(
@@ -106,6 +116,8 @@ def sparsify(model: nn.Module, sparsity: float, block: tuple[int, int] | str = (
             "model, or call densify(model, forget=True) first."
         )
     convs, layers = maskable_convs(model), mask_layers(model, block)
+    if not convs:
+        raise ValueError("Expected model to have convolutions that a mask can cover, layers.SparseConv2d. Got none.")
     patterns = masks.draw(layers, sparsity, method, density, scope, seed, file)
     for name, conv in convs.items():
         conv.attach(patterns[name])
@@ -129,9 +141,10 @@ def mask_layers(model: nn.Module, block: tuple[int, int] | str = (8, 1), weights
 
     Without ``weights`` their sizes alone, which is enough for methods that need a seed only.
     """
-    size = parse_block(block)
-    return [masks.Layer(name, conv.shape_oik, size, block_of(name), _array(conv) if weights else None,
-                        conv.in_channels * conv.kernel_size) for name, conv in maskable_convs(model).items()]
+    size, convs = parse_block(block), maskable_convs(model)
+    return [masks.Layer(name, conv.shape_oik, size, group, _array(conv) if weights else None,
+                        conv.in_channels * conv.kernel_size)
+            for (name, conv), group in zip(convs.items(), groups_of(list(convs)), strict=True)]
 
 
 def compact(model: nn.Module) -> nn.Module:

@@ -93,12 +93,17 @@ def conclusion(result: dict[str, Any]) -> list[str]:
 
 
 def choice(auto: dict[str, Any]) -> str:
-    """What was chosen under the budget, and its latency as predicted and as measured in the end."""
+    """What was chosen under the budget, its latency as predicted and as measured, and by how much that misses the budget."""
+    from .allocation.budget import Budget
+
     text = f"auto      budget {auto['budget']}: rule {auto['rule']}, sparsity {auto['sparsity']:.4g}"
     if "seconds" not in auto["measured"]:
         return text
     predicted = next(point["seconds"] for point in auto["points"] if point["chosen"])
-    return f"{text}; inference {1e3 * auto['measured']['seconds']:.3g} ms, predicted {1e3 * predicted:.3g} ms"
+    measured, budget = auto["measured"]["seconds"], Budget.parse(auto["budget"])
+    missed = budget.kind == "seconds" and measured > budget.value
+    return (f"{text}; inference {1e3 * measured:.3g} ms, predicted {1e3 * predicted:.3g} ms"
+            + (f"; the budget is missed by {measured / budget.value - 1:.1%}" if missed else ""))
 
 
 if __name__ == "__main__":

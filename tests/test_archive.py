@@ -158,7 +158,8 @@ def with_splits(names: list[str], **more: object) -> Archive:
 
 
 @pytest.mark.parametrize("names, protocol, found", [
-    (["train", "test"], None, "train"), (["train", "val"], "k400", "train"), (["train", "val"], "gym", "train"),
+    (["train", "test"], None, "train/test"), (["train", "val"], "k400", "train/val"), (["train", "val"], "gym", "train/val"),
+    (["train", "test"], "train", "train/test"), (["train", "val"], "train/val", "train/val"),
     (["xsub_train", "xsub_val"], None, "xsub"), (["xsub_train", "xsub_val"], "ntu60_xsub", "xsub"),
     (["xview_train", "xview_val", "xsub_train", "xsub_val"], "ntu60_xview", "xview"),
     (["xset_train", "xset_val", "xsub_train", "xsub_val"], "ntu120_xset", "xset"),
@@ -180,6 +181,31 @@ def test_unknown_protocol_says_what_there_is(names: list[str], protocol: str | N
         with_splits(names).with_split(protocol)
     for known in protocols_in({name: np.zeros(0) for name in names}):
         assert (known or "train") in str(error.value)
+
+
+def test_a_sequence_that_trains_is_not_tested() -> None:
+    a = with_splits(["xsub_train", "xsub_val", "train", "test"], fields={"sample": np.array(list("abcd"))})
+    a.splits["xsub_val"][2] = True
+    with pytest.raises(UserError, match="both the training and the test part of split 'xsub' .* Got 1 in both, 'c' first"):
+        a.with_split("xsub")
+    assert a.with_split().members("test").tolist() == [1, 3], "what another protocol has does not matter"
+
+
+@pytest.mark.parametrize("parts, want", [
+    ({"test": [0, 0, 1, 0]}, {"test": [2]}), ({"val": [0, 0, 0, 1]}, {"test": [3]}), ({}, {"test": [2, 3]}),
+    ({"val": [0, 0, 0, 1], "test": [0, 0, 1, 0]}, {"test": [2], "val": [3]}),
+], ids=["test", "val", "neither", "both"])
+def test_npz_names_its_test_split(tmp_path: Path, parts: dict[str, list[int]], want: dict[str, list[int]]) -> None:
+    a = Archive.open(npz(tmp_path / "x.npz", **{name: np.array(mask, bool) for name, mask in parts.items()}))
+    assert {name: a.members(name).tolist() for name in a.splits} == {"train": [0, 1], **want}
+    assert not {"test", "val"} & set(a.fields) and a.with_split().members("test").tolist() == want["test"]
+    same(a, Archive.open(a.save(tmp_path / "native")))
+
+
+def test_a_field_called_test_stays_one(tmp_path: Path) -> None:
+    a = Archive.open(npz(tmp_path / "x.npz", test=np.array([3, 1, 2, 0])))
+    assert a.fields["test"].tolist() == [3, 1, 2, 0] and a.members("test").tolist() == [2, 3]
+    assert "test" in Archive.open(npz(tmp_path / "y.npz", train=None, test=np.array([True] * 4))).fields
 
 
 def test_folds_partition_the_sequences() -> None:

@@ -13,7 +13,7 @@ import tiny
 import torch
 from test_resume import STEPS, assert_equal, everything, resume, start, whole
 
-from sparse_stgcn import masks
+from sparse_stgcn import masks, train
 from sparse_stgcn.allocation.latency import LatencyClass, LatencyTable
 from sparse_stgcn.config import TrainConfig, parse
 from sparse_stgcn.errors import UserError
@@ -85,6 +85,14 @@ def test_density_auto_is_the_same_as_a_budget_in_weights(tmp_path: Path) -> None
 def test_a_size_of_the_file(tmp_path: Path) -> None:
     result, _ = finish(tmp_path, budget="40kB")
     assert 40_000 - 512 < result["file"]["bytes"] <= 40_000
+
+
+@pytest.mark.parametrize(("budget", "said"), [
+    ("1.6ms", "; the budget is missed by 25.0%"), ("2ms", ""), ("20%", "")])
+def test_a_latency_that_is_missed_is_said(budget: str, said: str) -> None:
+    chosen = {"budget": budget, "rule": "erk", "sparsity": 0.8, "points": [{"chosen": True, "seconds": 1.5e-3}],
+              "measured": {"kept": 0.2, "seconds": 2e-3}}
+    assert train.choice(chosen).endswith(f"sparsity 0.8; inference 2 ms, predicted 1.5 ms{said}")
 
 
 def test_a_latency(tmp_path: Path) -> None:
@@ -162,7 +170,9 @@ def test_a_choice_before_the_first_step(tmp_path: Path) -> None:
     ({"budget": "1us"}, "--budget of at least"), ({"budget": "90MB"}, "--sparsity 0"), ({"budget": "1s"}, "--sparsity 0"),
     ({"budget": None}, "--budget together"), ({"budget": "much"}, "--budget to be a number"),
     ({"budget": "5%", "sparsity": 0.9}, "--budget together"), ({"budget": "5%", "density": "erk"}, "--density erk"),
-    ({"budget": "5%", "method": "predefined", "mask_file": "m.npz"}, "--mask-file")])
+    ({"budget": "5%", "method": "predefined", "mask_file": "m.npz"}, "--mask-file"),
+    ({"budget": "5%", "method": "magnitude"}, "Got --method magnitude; name another"),
+    ({"sparsity": 0.8, "density": "auto", "method": "magnitude"}, "Got --method magnitude")])
 def test_what_cannot_be_is_said_before_anything_is_written(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         start(tmp_path, "bad", **{**AUTO, **changed})

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from sparse_stgcn import checkpoint, compact, comparison, ensemble
 from sparse_stgcn.averaging import average
-from sparse_stgcn.errors import run
+from sparse_stgcn.config import TrainConfig
+from sparse_stgcn.errors import UserError, run
 from sparse_stgcn.multilevel import MultiLevelConfig
 from sparse_stgcn.scores import predict
 from sparse_stgcn.sparsity import maskable_convs, stage
@@ -37,6 +38,14 @@ def test_weights_are_the_mean_over_the_union_of_the_masks() -> None:
     for model, state in zip(models, before, strict=True):
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert stage(average([models[0], tiny.model()])) == "dense"
+
+
+def test_masked_weights_of_a_warm_up_count_as_zero() -> None:
+    warm, finished = tiny.model(0.5, 0), compact(tiny.model(0.5, 1))
+    want = average([compact(copy.deepcopy(warm)), finished])
+    found = average([warm, finished])
+    assert stage(warm) == "warmup"
+    assert all(torch.equal(value, want.state_dict()[key]) for key, value in found.state_dict().items())
 
 
 def test_the_mean_of_equal_networks_is_that_network() -> None:
@@ -123,6 +132,13 @@ def test_members_without_a_mean_are_refused_before_any_work(trained: Path, tmp_p
     assert run(ensemble.main, [*folders, "--average", "--out", str(tmp_path / "out")]) == 2
     assert "Expected models of one architecture" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_automatic_level_is_no_level_of_a_nested_run(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text(json.dumps({"config": {"levels": [0.5, 0.8]}}))
+    configs = [TrainConfig(sparsity=0.8), TrainConfig(sparsity="auto", budget="5%")]
+    with pytest.raises(UserError, match=r"of the work directories, 0\.8 auto\. Got .* with 0\.5 0\.8\."):
+        comparison.read_nested(str(tmp_path), configs)
 
 
 def test_points_and_the_winner() -> None:

@@ -3,12 +3,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
 
 from sparse_stgcn import bench
-from sparse_stgcn.benchmark import prediction, suite
+from sparse_stgcn.benchmark import networks, prediction, suite
 from sparse_stgcn.benchmark.measure import WrongResult
 from sparse_stgcn.benchmark.networks import Pattern, Setting, ensemble, inference, training, warmup
 from sparse_stgcn.benchmark.peers import candidate
@@ -16,6 +18,7 @@ from sparse_stgcn.benchmark.suite import Entrant
 from sparse_stgcn.benchmark.table import OURS, Row, break_even, markdown, pivot
 from sparse_stgcn.errors import UserError
 from sparse_stgcn.kernels import _native
+from sparse_stgcn.kernels import stgcn_block as stgcn
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +103,41 @@ def test_networks_small(backbone):
 
 
 @native
+def test_a_step_whose_backward_pass_is_wrong_is_an_error_and_not_a_row(monkeypatch):
+    """The classifier's gradient depends on the forward pass alone: it is right in all of these."""
+    setting = Setting("stgcn", batch=2, threads=1, persons=1, frames=16, classes=5, width=16)
+    step = partial(training, setting, [Pattern(0.95)], rounds=1, compile=False, memory=False)
+    dense = partial(warmup, setting, Pattern(0.95), rounds=1, compile=False)
+    backward, penalty = stgcn._Block.backward, networks._penalty
+
+    def weaker(ctx, *given):
+        of_x, *others = backward(ctx, *given)
+        return None if of_x is None else 0.8 * of_x, *others
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stgcn._Block, "backward", staticmethod(weaker))
+        with pytest.raises(WrongResult, match=r"training step: ours 0.95 8x1 uniform, input norm: relative error"):
+            step()
+    scaled = lambda own, by: lambda: by * own()
+    for factor in (0.0, 0.5):
+        monkeypatch.setattr(networks, "_penalty", lambda model, by=factor: scaled(penalty(model), by))
+        with pytest.raises(WrongResult, match=r"warm-up step: ours 0.95 8x1 uniform, block 0: relative error"):
+            dense()
+
+
+@native
+def test_a_gradient_that_rounding_decides_is_held_to_what_torch_reaches():
+    """At this width many channels of a sparse DG-STGCN hardly vary, and PyTorch's step is further off float64 than THROUGH."""
+    setting = Setting("dgstgcn", batch=2, threads=1, persons=1, frames=16, classes=5, width=16)
+    model = networks.sparse_network(setting.network(), Pattern(0.95))
+    expected = networks._expected(model, setting.example(), torch.arange(2))
+    assert expected.tolerance > networks.THROUGH
+    assert list(expected.outputs) == ["classifier", "input norm", *(f"block {number}" for number in range(10))]
+    wide = networks._expected(setting.network(), setting.example(), torch.arange(2))
+    assert wide.tolerance == networks.THROUGH
+
+
+@native
 def test_command_writes_after_every_setting(tmp_path, capsys):
     out = tmp_path / "new" / "ops.json"
     bench.main(["--what", "ops", "--blocks", "8x1", "--levels", "0.95", "--batches", "1", "--persons", "1", "--frames", "8",
@@ -111,10 +149,24 @@ def test_command_writes_after_every_setting(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (["--what", "everything"], "--what"), (["--levels", "1.0"], "--levels"), (["--blocks", "8by1"], "--blocks"),
-    (["--batches", "0"], "--batches"), (["--backbones", "resnet"], "--backbones"), (["--rounds", "0"], "--rounds")])
-def test_bad_flags(flags, message):
+    (["--batches", "0"], "--batches"), (["--backbones", "resnet"], "--backbones"), (["--rounds", "0"], "--rounds"),
+    (["--what", "ops", "inference", "--density", "erk"], "uniform, the only one of --what ops. Got erk"),
+    (["--what", "ensemble", "warmup", "--density", "erk"], "uniform, the only one of --what ensemble warmup"),
+    (["--what", "ensemble", "--levels", "0"], "one above 0, as --what ensemble"),
+    (["--what", "warmup", "training", "--levels", "0"], "one above 0, as --what warmup")])
+def test_bad_flags(flags, message, monkeypatch):
+    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(UserError, match=message):
         bench.main(flags)
+
+
+@pytest.mark.parametrize(("density", "blocks"), [
+    (("uniform", "erk"), ["8x1 uniform", "1x1 uniform", "8x1 erk"]),
+    (("erk", "uniform"), ["8x1 uniform", "1x1 uniform", "8x1 erk"]), (("erk",), ["8x1 erk", "1x1 erk"])])
+def test_every_block_is_timed_whatever_the_order_of_the_densities(density, blocks):
+    config = bench.BenchConfig(what=("inference",), levels=(0.5,), blocks=("8x1", "1x1"), density=density)
+    config.validate()
+    assert [f"{p.block} {p.density}" for p in config.patterns()] == blocks
 
 
 @native
@@ -127,6 +179,22 @@ def test_growth_of_the_cost(tmp_path):
     assert all(r.proportional == 1 for r in rows[::3]) and all(r.seconds > 0 for r in rows)
     dense = scaling.live_blocks(1, rounds=1, channels=16, frames=8, samples=2)
     assert dense[-1].size == 1 and dense[0].floor > 0 and len(scaling.markdown(dense).splitlines()) == len(dense) + 2
+
+
+@native
+def test_the_calls_that_a_ratio_is_of_stand_beside_it(monkeypatch):
+    """Calls in a row and calls in turn with another engine differ: the median of one does not belong to the other's ratio."""
+    def engines(model, clip, threads, compile):
+        yield candidate("ONNX Runtime", lambda: model(clip).detach())
+
+    monkeypatch.setattr(prediction, "dense_engines", engines)
+    call = prediction.latency(Setting("stgcn", 1, 1, persons=1, frames=16, classes=4, width=8), calls=5, rounds=1)
+    assert call.dense / call.turn == pytest.approx(call.ratio) and call.turn != call.median
+    old = {key: value for key, value in asdict(call).items() if key != "turn"}
+    for shown, cell in ((call, f"| {1e3 * call.turn:.2f} |"), (prediction.Latency(**old), "|  |")):
+        table = prediction.markdown(prediction.Waits([shown], prediction.Start(1.0, 0.5, 0.25, 2.0, 1.75), []))
+        head, line = table.splitlines()[0], table.splitlines()[2]
+        assert head.count("|") == line.count("|") and f"{cell} {1e3 * call.dense:.1f} | {call.ratio:.1f} |" in line
 
 
 @native

@@ -124,7 +124,7 @@ def test_a_used_work_directory_is_not_overwritten(tmp_path: Path, capsys: pytest
 
 @pytest.mark.parametrize(("main", "argv", "message"), [
     (evaluate.main, ["none"], "work_dir to hold a finished run"),
-    (info.main, ["none"], "No such checkpoint"),
+    (info.main, ["none"], "Expected a checkpoint, or a work directory"),
     (info.main, ["--backbone", "x"], "--backbone"),
     (info.main, ["--sparsity", "1"], "sparsity"),
     (fuse.main, ["none.npz"], "does not exist"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sparse_stgcn.config import PRESETS, WARMUP, TrainConfig, parse
+from sparse_stgcn.config import PRESETS, SMALL, WARMUP, TrainConfig, parse
 from sparse_stgcn.errors import UserError
 
 
@@ -44,6 +44,7 @@ def test_presets_fill_what_is_open_and_nothing_else(preset: str) -> None:
     assert full.epochs == PRESETS[preset]["epochs"]
     assert full.warmup_epochs == round(WARMUP[preset] * full.epochs)
     assert TrainConfig(epochs=1).resolved(preset).warmup_epochs == 0
+    assert TrainConfig(epochs=2).resolved(preset).warmup_epochs == 1  # a method of two stages has two
     assert full.learning_rate == pytest.approx(0.1 * full.batch_size / full.lr_reference_batch)
     assert TrainConfig(sparsity=0.0).resolved(preset).warmup_epochs == 0
 
@@ -72,6 +73,18 @@ def test_resume_reads_the_run_and_refuses_what_changes_it(tmp_path: Path) -> Non
         parse(["--resume", str(tmp_path), "--config", "x.yaml"])
     with pytest.raises(UserError, match=r"no config.yaml"):
         parse(["--resume", str(tmp_path / "none")])
+
+
+def test_the_command_line_of_an_automatic_run_goes_on_with_it(tmp_path: Path) -> None:
+    """As torchrun --max-restarts gives it again: without the density that the run has recorded."""
+    argv = ["--sparsity", "auto", "--budget", "20%"]
+    recorded = parse(argv).resolved("synthetic")
+    recorded.write(tmp_path / "config.yaml")
+    again = parse(argv).resuming(tmp_path)
+    assert (again.sparsity, again.density, again.trial_epochs) == ("auto", "auto", recorded.trial_epochs)
+    for other in (["--sparsity", "0.8"], [*argv, "--density", "erk"], [*argv[:-1], "30%"]):
+        with pytest.raises(UserError, match="other values for"):
+            parse(other).resuming(tmp_path)
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -109,6 +122,21 @@ def test_refuses(changed: dict[str, Any], message: str) -> None:
 def test_sequences_belong_to_the_synthetic_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--sequences without --data"):
         TrainConfig(data=str(tmp_path), sequences=100).validate()
+
+
+def test_a_split_and_a_fold_together_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--split or --fold.* Got --split train and --fold 0"):
+        TrainConfig(data=str(tmp_path), split="train", fold=0).validate()
+    TrainConfig(data=str(tmp_path), fold=0).validate()
+
+
+def test_help_says_what_the_defaults_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"{WARMUP['large']} of the epochs; {WARMUP['small']} of them with fewer than {SMALL:,} training sequences" in text
+    assert WARMUP["synthetic"] == 1 / 6 and "a sixth on the synthetic set" in text
+    assert "or the only one; of several name one" in text
 
 
 @pytest.mark.parametrize(("text", "message"), [

@@ -161,4 +161,4 @@ def test_it_imports_without_torch_or_a_driver() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "there is no CUDA device 64"
+    assert re.match(r"CUDA device 64 cannot be used: \w+", done.stdout), "the runtime's own reason is passed on"

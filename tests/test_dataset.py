@@ -208,6 +208,17 @@ def test_nan_is_refused_by_name_or_repaired() -> None:
         assert all(torch.isfinite(data[i][0]).all() for i in range(len(data)))
 
 
+@pytest.mark.parametrize("box", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+def test_a_sequence_without_anybody_is_zeros_however_small_its_coordinates_are(train: bool, box: bool) -> None:
+    x = np.ones((12, 2, 25, 3), np.float32)
+    x[:6] = np.random.default_rng(0).uniform(-1e-8, 1e-8, size=(6, 2, 25, 3))
+    whole = Archive(x, np.array([0, 6, 12]), np.arange(2), NTU, ("a", "b"))
+    data = SkeletonDataset(whole, [0, 1], "j+b", clip_len=4, train=train, rotate=0.3, scale=0.1, box=box)
+    assert not data[0][0].any() and data[0][0].shape == data[1][0].shape
+    assert data.sequence(0).shape[1] == 6
+
+
 def test_cache_is_bounded_and_does_not_change_values() -> None:
     free, none = SkeletonDataset(archive(), clip_len=20), SkeletonDataset(archive(), clip_len=20, cache_bytes=0)
     some = SkeletonDataset(archive(), clip_len=20, cache_bytes=50_000)

@@ -1,15 +1,18 @@
 """The choice of a backend is a pure function, so the whole table is tested without any device."""
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sparse_stgcn.kernels import BlockPattern, _native, backends, dispatch, preference, temporal_conv
+from sparse_stgcn.kernels import BlockPattern, _native, backends, cuda, device, dispatch, gpu, preference, temporal_conv
 from sparse_stgcn.kernels.dispatch import Gpu, Product, choose
 
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
@@ -128,6 +131,18 @@ def test_a_fallback_warns_once_and_names_its_reason(monkeypatch):
     assert caught[0].filename == __file__
 
 
+def test_a_fallback_is_traced_without_a_warning(monkeypatch):
+    """Which would break the graph; the same op still warns when it runs uncompiled."""
+    monkeypatch.setattr(dispatch, "_warned", set())
+    pattern = BlockPattern.full((8, 4, 1))
+    x, values = torch.randn(1, 4, 3, 5).half(), torch.randn(pattern.values_shape).half()
+    run = lambda x: temporal_conv(x, values, pattern)
+    compiled = torch.compile(run, fullgraph=True, backend="eager")(x)
+    assert not dispatch._warned
+    with pytest.warns(UserWarning, match="dense PyTorch reference: .*float16"):
+        assert torch.equal(compiled, run(x))
+
+
 @pytest.mark.skipif(_native.module is None, reason="the native module is not built")
 @pytest.mark.filterwarnings("ignore:sparse_stgcn")
 def test_a_choice_is_made_anew_when_what_it_depends_on_changes(monkeypatch):
@@ -160,6 +175,87 @@ def test_what_is_missing_is_explained(monkeypatch):
     assert backends()["triton"].startswith("available (triton") and "H100" in backends()["triton"]
     monkeypatch.setattr(dispatch, "_gpu_at", lambda index: Gpu(75))
     assert "8.0" in backends()["triton"]
+
+
+def test_a_driver_that_the_cuda_module_cannot_use_is_a_reason(monkeypatch):
+    """torch sees a GPU, the module's own runtime does not: Triton is left, and nothing raises."""
+    class Module:
+        def Device(self, index):
+            raise RuntimeError(f"CUDA device {index} cannot be used: CUDA driver version is insufficient")
+
+    monkeypatch.setattr(cuda, "module", Module())
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    for name, value in {"is_available": True, "current_device": 1, "device_count": 2, "get_device_capability": (9, 0)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    cuda._device.cache_clear()
+    assert cuda.missing() == "built, but CUDA device 1 cannot be used: CUDA driver version is insufficient"
+    found = dispatch._gpu_at.__wrapped__(0)
+    assert "driver" in found.cuda
+    for op in dispatch.GPU_OPS:
+        refusals = dispatch.gpu_refusals(F32, Gpu(90, None, found.cuda), Product(op))
+        assert refusals == {"triton": None, "cuda": found.cuda}
+        assert choose(op, "cuda", F32, gpu=Gpu(90, None, found.cuda)).backend == "triton"
+
+
+@pytest.mark.parametrize("name", [f"{op}{product}" for op in dispatch.GPU_OPS for product in (
+    "", "_input_gradient", "_weight_gradient")])
+def test_cuda_launches_with_the_device_of_its_tensors_current(name, monkeypatch):
+    """The module does not go back to another device; torch does."""
+    x, current = torch.zeros(1, 4, 2, 5), []
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    def prepare(*_):
+        raise ValueError(f"{len(current)} device")
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(cuda, "_prepare", prepare)
+    function = getattr(cuda, name)
+    given = {"shape": (8, 4, 1), "block": (8, 1), "stride": 1, "dilation": 1, "frames": 2}
+    with pytest.raises(ValueError, match="^1 device$"):
+        function(*(given.get(p.name, x) for p in inspect.signature(function).parameters.values() if p.kind != p.KEYWORD_ONLY))
+    assert current == [x]
+
+
+@pytest.mark.parametrize("torch_has", ["fp32_precision", "only the older setters"])
+def test_float32_multiplies_as_torch_is_told(torch_has, monkeypatch):
+    """Set either way; the older setting refuses to be read once the newer one was set."""
+    asked, launch = [], SimpleNamespace(reason=None)
+    monkeypatch.setattr(cuda, "_launch", lambda op, product, arithmetic, *_: asked.append(arithmetic) or launch)
+    x, before, matmul = torch.zeros(1, 4, 2, 5), torch.get_float32_matmul_precision(), torch.backends.cuda.matmul
+    if torch_has != "fp32_precision":
+        monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace())
+
+    def found():
+        answers = {gpu._arithmetic(F32) == "tf32"}
+        cuda._prepare("TemporalConv", "forward", x, (8, 4, 1), (8, 1), x, None, 2)
+        answers.add(asked.pop() == "tf32")
+        try:
+            from sparse_stgcn.kernels.triton.launch import arithmetic_of
+        except ImportError:
+            pass
+        else:
+            answers.add(arithmetic_of(F32, None) == "tf32")
+            assert arithmetic_of(F32, False) == "float32" and arithmetic_of(F32, True) == "tf32"
+        assert answers == {device.multiplies_in_tf32()}
+        return answers.pop()
+
+    try:
+        for precision, tf32 in (("high", True), ("highest", False), ("medium", True)):
+            torch.set_float32_matmul_precision(precision)
+            assert found() is tf32
+        if torch_has == "fp32_precision":
+            for precision, tf32 in (("ieee", False), ("tf32", True)):
+                torch.set_float32_matmul_precision("highest")
+                matmul.fp32_precision = precision
+                assert found() is tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
+        matmul.fp32_precision = "none"
 
 
 @pytest.mark.parametrize("name", ["temporal_conv", "temporal_conv_dx", "temporal_conv_dw", "pointwise_conv_backward",

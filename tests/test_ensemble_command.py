@@ -82,6 +82,14 @@ def test_the_command_tests_the_members_as_one(trained, capsys):
     assert f"{result['weights']['maskable_kept_fraction']:.2f} of one network's" in said
 
 
+def test_results_of_a_run_are_not_replaced(trained, capsys):
+    low, high = str(trained / "low"), str(trained / "high")
+    before = (trained / "high" / "result.json").read_bytes()
+    assert run(ensemble.main, [low, high, "--out", high]) == 2
+    assert "which holds a run whose results it would replace" in capsys.readouterr().err
+    assert (trained / "high" / "result.json").read_bytes() == before
+
+
 def test_members_of_other_input_are_refused(trained, capsys):
     assert run(ensemble.main, [str(trained / "low"), str(trained / "bones")]) == 2
     assert "Got stream j in" in capsys.readouterr().err

@@ -51,6 +51,15 @@ def test_score_file_round_trip(tmp_path: Path) -> None:
     assert back.metrics() == scores(3).metrics()
 
 
+def test_a_work_directory_stands_for_its_scores(tmp_path: Path) -> None:
+    scores(0).save(tmp_path / "scores.npz")
+    member = read(tmp_path)
+    assert member.name == str(tmp_path / "scores.npz") and len(member) == N
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="Expected a score file or a work directory with scores.npz. Got .*empty without"):
+        read(tmp_path / "empty")
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a zip", b"text"], ids=["empty", "cut", "text"])
 def test_score_file_that_is_none(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "s.npz").write_bytes(content)
@@ -228,3 +237,5 @@ def test_command_with_an_archive(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "fused     top-1 100.00%" in capsys.readouterr().out
     assert command.main([str(tmp_path / "result.pkl")]) == 0
     assert "no file has labels" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--split or --fold"):
+        command.main([str(tmp_path / "result.pkl"), "--data", str(data), "--split", "train", "--fold", "0"])

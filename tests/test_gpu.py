@@ -20,12 +20,14 @@ import pytest
 import torch
 from fused_conv_cases import ARITHMETIC, CASES, DTYPE, Case, check, make
 from gpu_checks import (
+    GRAPH_EPS,
     check_compiled,
     check_graph_conv,
     check_group_lasso,
     check_strides,
     check_temporal_conv,
     check_training_step,
+    within,
 )
 from kernel_cases import BLOCKS, STRIDES
 from test_temporal_conv import CASES as CPU_CASES
@@ -61,9 +63,24 @@ def arithmetic(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @gpu
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_fused_epilogues(op: Callable[..., torch.Tensor], case: Case, arithmetic: str) -> None:
+def test_fused_epilogues(op: Callable[..., torch.Tensor], case: Case, arithmetic: str, backend: str) -> None:
     problem = make(case, DTYPE[arithmetic])
-    check(problem, problem.to("cuda").run(op, arithmetic).cpu(), arithmetic)
+    check(problem, problem.to("cuda").run(op, arithmetic).cpu(), arithmetic, backend)
+
+
+def test_bounds_allow_the_tf32_of_each_backend() -> None:
+    """The number that loses most when the last 13 bits of its mantissa are left out; rounded, it would lose next to nothing."""
+    problem = make(Case("worst", I=1, O=8, T=1, V=1, K=1, density=1.0, bias=False), torch.float32)
+    worst, truncated = 1 + 2**-10 - 2**-23, torch.ones(1, 8, 1, 1)
+    problem.x.fill_(worst)
+    problem.values.fill_(worst)
+    check(problem, truncated, "tf32", "triton")
+    through_graph = truncated.double() * worst**3
+    within(truncated, through_graph, through_graph, "tf32", "triton", "y", GRAPH_EPS)
+    for refused in (lambda: check(problem, truncated, "tf32", "cuda"),
+                    lambda: within(truncated, through_graph, through_graph, "tf32", "cuda", "y", GRAPH_EPS)):  # fmt: skip
+        with pytest.raises(AssertionError, match="largest error / bound"):
+            refused()
 
 
 @gpu

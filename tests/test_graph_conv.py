@@ -205,7 +205,11 @@ def test_opcheck_and_fullgraph():
     ({"adjacency": torch.zeros(3, 25, 25, dtype=torch.float64)}, TypeError, "dtype of x"),
     ({"bias": torch.zeros(16)}, ValueError, "bias of shape"),
     ({"support": torch.ones(3, 25, 25)}, ValueError, "support to be a bool tensor"),
-], ids=["x", "adjacency", "dtype", "bias", "support"])
+    ({"adjacency": torch.zeros(3, 25, 25, device="meta")}, ValueError, "adjacency on the device of x, cpu. Got meta; use .to"),
+    ({"offset": torch.zeros(16, device="meta")}, ValueError, "offset on the device of x, cpu. Got meta; use .to"),
+    ({"support": torch.ones(3, 25, 25, dtype=torch.bool, device="meta")}, ValueError,
+     "support on the device of adjacency, cpu. Got meta; use .to"),
+], ids=["x", "adjacency", "dtype", "bias", "support", "adjacency's device", "offset's device", "support's device"])
 def test_bad_arguments_are_refused(change, error, message):
     p = BlockPattern.full((16, 12, 3))
     arguments = {"x": torch.zeros(2, 12, 10, 25), "values": torch.zeros(p.values_shape), "pattern": p,

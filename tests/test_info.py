@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from sparse_stgcn import compact, info, save
+from sparse_stgcn import Ensemble, compact, info, save
 from sparse_stgcn.macs import count
 from sparse_stgcn.sparsity import summary
 
@@ -54,3 +54,10 @@ def test_sparsity_of_a_new_network(capsys: pytest.CaptureFixture[str]) -> None:
     maskable, kept = numbers(lines[2])[:2]
     assert kept / maskable == pytest.approx(0.05, abs=1e-3)
     assert numbers(lines[3])[1] < 0.06 * numbers(lines[3])[0]
+
+
+def test_an_ensemble_is_described_member_by_member(tmp_path, capsys):
+    save(Ensemble([tiny.model(), tiny.model(0.5)]), tmp_path / "ensemble.safetensors")
+    for source in (tmp_path / "ensemble.safetensors", tmp_path):
+        assert info.main([str(source)]) == 0
+        assert capsys.readouterr().out.count("parameters") == 2

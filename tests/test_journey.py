@@ -15,7 +15,8 @@ import tyro
 from sparse_stgcn import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/guide.md", "docs/own-data.md")}
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in
+         ("README.md", *(f"docs/{page}.md" for page in ("guide", "own-data", "experiments", "prediction", "benchmarks")))}
 COMMAND = re.compile(r"^(?:sparse-stgcn|python -m sparse_stgcn)(?:[. ]|$)")
 
 # What makes a command small; a flag that is given twice has its last value.

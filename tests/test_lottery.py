@@ -5,6 +5,8 @@ import copy
 import itertools
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,9 @@ from torch.nn import functional as F
 
 from sparse_stgcn import create_model, lottery, masks, save
 from sparse_stgcn.checkpoint import load
+from sparse_stgcn.config import TrainConfig
+from sparse_stgcn.errors import UserError
+from sparse_stgcn.scores import accuracy
 from sparse_stgcn.sparsity import mask_layers, maskable_convs, stage, summary
 from sparse_stgcn.training.lottery import SCORE_INITS, ScoredNetwork
 from sparse_stgcn.training.run import prepare
@@ -212,6 +217,46 @@ def test_an_interrupted_point_goes_on_and_gives_the_same(dense: Path, tmp_path: 
     for point in whole:
         a, b = (load(tmp_path / name / point["file"]).state_dict() for name in "ab")
         assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def iterative(dense: Path, out: Path, after: int | None = None) -> Lottery:
+    """Two epochs of 8 steps, the second of which is gone back to, with a state after every step."""
+    job = experiment(dense, out, after, recipe=Recipe(rewind_epoch=1), epochs=2)
+    job.base = replace(job.base, save_every_steps=1)
+    return job
+
+
+def test_the_early_weights_outlast_an_interruption_inside_their_epoch(dense: Path, tmp_path: Path) -> None:
+    asked = (["iterative"], ["random"], [0.5], [1])
+    with pytest.raises(KeyboardInterrupt):
+        iterative(dense, tmp_path, 11).run(*asked)
+    early, aside = tmp_path / "iterative-random-seed1" / "rewind.safetensors", tmp_path / "aside"
+    before = early.read_bytes()
+    early.rename(aside)  # later weights never stand in for them
+    with pytest.raises(UserError, match=r"Expected .*rewind.safetensors beside .* past epoch 1. Got none; remove .*seed1, so"):
+        iterative(dense, tmp_path).run(*asked)
+    assert not early.exists()
+    aside.rename(early)
+    with pytest.raises(KeyboardInterrupt):
+        iterative(dense, tmp_path, 2).run(*asked)
+    assert early.read_bytes() == before
+
+
+def test_the_states_of_another_experiment_are_refused_before_the_first_point(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        iterative(dense, tmp_path, 3).run(["iterative"], ["random"], [0.5], [1])
+    with pytest.raises(UserError, match="same experiment. Got other rewind_epoch"):
+        experiment(dense, tmp_path, recipe=Recipe(), epochs=2)
+
+
+def test_what_is_reported_is_of_the_weights_that_are_saved(dense: Path, tmp_path: Path) -> None:
+    averaged = tmp_path / "averaged"
+    shutil.copytree(dense, averaged)
+    replace(TrainConfig.read(dense / "config.yaml"), ema=0.99).write(averaged / "config.yaml")
+    job = experiment(averaged, tmp_path / "out", recipe=Recipe(block="2x1"), epochs=1)
+    point, = job.run(["magnitude"], ["random"], [0.5], [0])
+    assert job.base.ema is None
+    assert accuracy(load(tmp_path / "out" / point["file"]), job.quick_test) == point["one_clip"]
 
 
 def test_iterative_rounds_cut_the_smallest_and_rewind(dense: Path, tmp_path: Path) -> None:

@@ -231,6 +231,8 @@ def test_training_from_a_checkpoint_with_its_largest_weights_and_its_masks(tmp_p
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"method": "predefined"}, "--mask-file together with --method predefined. Got --method predefined"),
+    ({"method": "predefined", "mask_file": "nope"},
+     "(--mask-file) to be a checkpoint, a work directory or an .npz of masks. Got nope"),
     ({"mask_file": "a.npz"}, "Got --method random and --mask-file a.npz"),
     ({"method": "predefined", "mask_file": "a.npz", "sparsity": 0.0, "warmup_epochs": 0}, "--sparsity > 0 with"),
     ({"init": "nowhere"}, "--init: No such checkpoint: nowhere"),

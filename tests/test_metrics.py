@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparse_stgcn.errors import UserError
 from sparse_stgcn.metrics import confusion_matrix, mean_class_accuracy, summary, top_k_accuracy
 
 SCORES = np.array([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.1, 0.2, 0.7], [0.5, 0.4, 0.1]])
@@ -60,6 +61,11 @@ def test_confusion_matrix_counts_every_sample(seed: int) -> None:
 def test_refuses(scores: np.ndarray, labels: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         summary(scores, labels)
+
+
+def test_scores_without_a_number_are_the_users_to_mend() -> None:
+    with pytest.raises(UserError, match="Got NaN for 1 of 4 samples"):
+        summary(np.where(np.arange(4)[:, None] == 2, np.nan, SCORES), LABELS)
 
 
 def test_refuses_k_0() -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from sparse_stgcn import BlockPattern, Ensemble, checkpoint, compact, create_model, masks, multilevel
 from sparse_stgcn.config import TrainConfig, parse_as
-from sparse_stgcn.errors import TrainingError, run
+from sparse_stgcn.errors import TrainingError, UserError, run
 from sparse_stgcn.evaluate import main as evaluate
 from sparse_stgcn.multilevel import MultiLevelConfig
 from sparse_stgcn.scores import Scores
@@ -251,6 +251,25 @@ def test_interrupted_and_resumed_equals_whole(after: int, whole: dict[str, objec
     job = prepare(parse_as(MultiLevelConfig, ["--resume", str(tmp_path / "cut")]), Stopping(None))
     job.fit()
     assert_equal(everything(job), whole)
+
+
+def test_a_new_network_is_moved_to_the_device_before_the_patterns_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved, move = [], nn.Module.to
+
+    def recorded(module: nn.Module, *to: object) -> nn.Module:
+        moved.append((module, to, all(conv.stage == "dense" for conv in maskable_convs(module).values())))
+        return move(module, *to)
+
+    monkeypatch.setattr(nn.Module, "to", recorded)
+    job = start(tmp_path, "new")
+    assert [(to, dense) for module, to, dense in moved if module is job.trainer.model] == [((job.config.device,), True)]
+
+
+def test_other_data_are_refused(tmp_path: Path) -> None:
+    start(tmp_path, "cut").trainer.fit(until=1)
+    tiny.write_npz(tmp_path / "tiny.npz", **tiny.arrays(33))
+    with pytest.raises(UserError, match="Got .*tiny.npz with 33 sequences instead of 30"):
+        prepare(parse_as(MultiLevelConfig, ["--resume", str(tmp_path / "cut")]))
 
 
 def test_a_run_leaves_an_ensemble_and_ordinary_levels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -164,6 +165,19 @@ def test_names_are_text_and_not_formulas(tmp_path):
     assert (tmp_path / "a.svg").read_bytes() == first  # depends on what is drawn alone
 
 
+def test_names_may_have_characters_that_no_file_can_hold(tmp_path):
+    """A control character, half of a surrogate pair and a noncharacter: an SVG with one of them is no XML."""
+    odd = "a\x08b\x1b\ud800\uffff\x85é"
+    history = {"stage": ["warm-up"], "loss": [1], "test_accuracy": [0.5], "masked_norm": [2]}
+    clip = Clip.of(standing(), NTU, name=odd, label=odd)
+    for figure in (plots.confusion(np.eye(2, dtype=int), (odd, "two")), plots.strip(clip, panels=1),
+                   plots.curves({odd: [history]}), plots.lines({odd: {0.6: [0.5]}}, "sparsity", title=odd),
+                   plots.violins({odd: [0.1, 0.4]}), plots.pareto([Point(odd, odd, 1, 0.5)], odd)):
+        plots.save(figure, tmp_path / "a.svg")
+        drawn = "".join(ElementTree.parse(tmp_path / "a.svg").getroot().itertext())
+        assert "a\N{REPLACEMENT CHARACTER}b" + 4 * "\N{REPLACEMENT CHARACTER}" + "é" in drawn
+
+
 # ---- what accuracy costs --------------------------------------------------------------------------------------------
 
 def entry(sparsity, top1, size, **config):
@@ -189,6 +203,33 @@ def test_points_are_means_over_the_seeds():
     assert points[0].accuracy == pytest.approx(0.85) and points[0].deviation == pytest.approx(math.sqrt(0.005))
     mixed = tradeoff.points([*ENTRIES, entry(0.95, 0.7, 3000, block="1x1")], tradeoff.size)
     assert [p.group for p in mixed] == ["stgcn, 8x1", "stgcn", "stgcn, 8x1", "stgcn, 1x1"]
+
+
+def test_runs_without_warm_up_are_networks_of_their_own(tmp_path):
+    """Warm-up epochs as the entries of a sweep have them: 0 of a dense run, None of an ensemble whose members differ in it."""
+    plain = [entry(0.95, 0.9, 4000, warmup_epochs=6), entry(0.95, 0.8, 4000, warmup_epochs=6, seed=1),
+             entry(0.0, 0.86, 40000, warmup_epochs=0),
+             {**entry("ensemble", 0.95, 9000, warmup_epochs=None), "members": ["a", "b"]}]
+    assert tradeoff.names(plain) == [("stgcn", "0.95"), ("stgcn", "0.95"), ("stgcn", "dense"), ("stgcn", "ensemble")]
+    former = {**entry(0.95, 0.1, 4000, warmup_epochs=6), "former": True}
+    (tmp_path / "sweep.json").write_text(json.dumps({"format": 1, "grid": "g", "entries": [
+        *plain, entry(0.95, 0.5, 4000, warmup_epochs=0), former]}))
+    points = tradeoff.points(tradeoff.read_results([tmp_path / "sweep.json"]).entries, tradeoff.size)
+    assert [(p.group, p.name, round(p.accuracy, 4)) for p in points] == [
+        ("stgcn, 6", "0.95", 0.85), ("stgcn", "dense", 0.86), ("stgcn", "ensemble", 0.95), ("stgcn, 0", "0.95", 0.5)]
+
+
+@pytest.mark.parametrize(("part", "change", "said"), [
+    ("config", {"frames": 64}, "frames 100 in .* and 64 in"), ("config", {"persons": 1}, "persons 2 in .* and 1 in"),
+    ("environment", {"processor": "Q"}, "processor P in .* and Q in")])
+def test_latencies_of_two_machines_or_inputs_are_not_mixed(tmp_path, part, change, said):
+    (tmp_path / "a.json").write_text(json.dumps(BENCH))
+    (tmp_path / "b.json").write_text(json.dumps(BENCH))
+    (tmp_path / "other.json").write_text(json.dumps({**BENCH, part: {**BENCH[part], **change}}))
+    both = tradeoff.read_results([tmp_path / "a.json", tmp_path / "b.json"])
+    assert len(both.rows) == 2 * len(BENCH["rows"])
+    with pytest.raises(UserError, match=said):
+        tradeoff.read_results([tmp_path / "a.json", tmp_path / "other.json"])
 
 
 def test_latency_is_that_of_the_same_network(tmp_path):
@@ -259,9 +300,11 @@ def test_each_kind_writes_its_figure(folder, tmp_path, monkeypatch, capsys, argu
     ("skeleton run/log.jsonl", "formats"),
     ("confusion run --limit 1", "limit >= 2"),
     ("confusion a.npz", "a score file"),
+    ("confusion nope", r"or a score file\. Got nope, which does not exist\.\n"),
+    ("confusion bench.json", r"[^.]\.\n$"),
     ("confusion run --label-names bench.json", "3 label names"),
     ("masks run --layers fc", "to match sparse layers, such as backbone.gcn.0"),
-    ("densities none", "No such checkpoint"),
+    ("densities none", "Expected a checkpoint, or a work directory"),
     ("curves none", "none/?.* to hold the history"),
     ("curves run run", "each run once"),
     ("curves", "at least one SOURCE"),

@@ -263,6 +263,15 @@ def test_third_channel_of_coco_is_its_score(tmp_path: Path) -> None:
     np.testing.assert_array_equal(a.read(0)[1], x[..., 2])
 
 
+def test_an_id_in_both_lists_of_a_split_is_named(tmp_path: Path) -> None:
+    content = pickled(annotations())
+    content["split"]["xview_val"] += content["split"]["xview_train"][1:3]
+    a = write_archive(PysklSource(write(tmp_path / "ntu.pkl", content)), tmp_path / "out")
+    with pytest.raises(UserError, match="part of split 'xview' of archive 'ntu'. Got 2 in both, 'S002' first"):
+        a.with_split("ntu60_xview")
+    assert a.with_split("xsub").members("test").tolist() == [8, 9, 10, 11]
+
+
 def changed(change: dict[str, Any], index: int = 5) -> dict[str, Any]:
     items = annotations()
     items[index] |= change

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_stgcn import convert
-from sparse_stgcn.data import SkeletonDataset
+from sparse_stgcn.data import Archive, SkeletonDataset
 from sparse_stgcn.data.arrays import ArraysSource
 from sparse_stgcn.data.writer import write_archive
 from sparse_stgcn.errors import UserError, run
@@ -118,6 +118,52 @@ def test_third_channel_as_score(tmp_path: Path) -> None:
     a = write_archive(ArraysSource(tmp_path / "mine", LAYOUT, score_channel=True), tmp_path / "out")
     np.testing.assert_array_equal(a.read(0)[1][0], sequence(0)[..., 2])  # type: ignore[index]
     np.testing.assert_array_equal(a.read(0)[0][0], sequence(0)[..., :2])
+
+
+def flat_tree(path: Path, scale: float) -> Path:
+    (path / "bow").mkdir(parents=True)
+    for i in range(3):
+        x = scale * np.random.default_rng(i).random((6, 4, 2), np.float32)
+        x[0, 0] = np.nan
+        np.save(path / "bow" / f"s{i}.npy", x)
+    return path
+
+
+def test_the_image_and_the_frame_rate_of_arrays(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    layout = str(layout_file(tmp_path / "robot.yaml"))
+    argv = [str(flat_tree(tmp_path / "parts", 1)), "--layout", layout]
+    assert run(convert.main, [*argv, str(tmp_path / "out"), "--image", "1x1", "--fps", "25"]) == 0
+    assert not capsys.readouterr().err
+    a = Archive.open(tmp_path / "out")
+    assert a.info["fps"] == 25 and a.fields["img_shape"].tolist() == [[1, 1]] * 3
+    kept = SkeletonDataset(a, "train", clip_len=6, missing="zero", train=False)[0][0].numpy()[..., 1:, :2]
+    assert np.ptp(kept) > 1, "parts of the image span the range of the network"
+    assert run(convert.main, [*argv, str(tmp_path / "wide"), "--image", "720x1280"]) == 0
+    b = Archive.open(tmp_path / "wide")
+    assert b.fields["img_shape"].tolist() == [[720, 1280]] * 3 and "fps" not in b.info
+    first, second = (ArraysSource(tmp_path / "parts", LAYOUT, image=image) for image in (None, (1, 1)))
+    assert first.fingerprint() != second.fingerprint(), "a stopped conversion does not go on with another image"
+
+
+def test_parts_of_an_image_that_nobody_gave_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    layout = ["--layout", str(layout_file(tmp_path / "robot.yaml"))]
+    for scale in (1, 400):
+        source = flat_tree(tmp_path / f"flat{scale}", scale)
+        assert run(convert.main, [str(source), str(tmp_path / f"out{scale}"), *layout]) == 0
+        err = capsys.readouterr().err
+        assert err.startswith("warning: Expected pixels") == ("--image 1x1" in err) == (scale == 1)
+    assert run(convert.main, [str(tree(tmp_path / "deep")), str(tmp_path / "out3"), *layout]) == 0
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("extra", "words"), [
+    (["--image", "1080"], "--image to be HEIGHTxWIDTH"), (["--image", "0x1"], "--image to be HEIGHTxWIDTH"),
+    (["--image", "1x1"], "image with arrays of 2D joints. Got C = 3"), (["--fps", "0"], "fps to be a positive number"),
+    (["--fps", "inf"], "fps to be a positive number")])
+def test_a_bad_image_or_frame_rate(tmp_path: Path, extra: list[str], words: str, capsys: pytest.CaptureFixture) -> None:
+    layout = str(layout_file(tmp_path / "robot.yaml"))
+    assert run(convert.main, [str(tree(tmp_path / "mine")), str(tmp_path / "out"), "--layout", layout, *extra]) == 2
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int32])

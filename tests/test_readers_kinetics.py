@@ -80,6 +80,19 @@ def test_frames_without_anybody_stay_and_files_without_anybody_go(tmp_path: Path
     assert a.info["left_out"] == {"b": "nobody in it", "c": "nobody in it"}
 
 
+def test_the_folder_of_a_file_is_its_split(tmp_path: Path) -> None:
+    folder(tmp_path / "k")
+    (tmp_path / "k" / "kinetics_val" / "clip1.json").write_text(json.dumps(clip(9)))
+    inner = tmp_path / "k" / "kinetics_train" / "testifying"
+    inner.mkdir()
+    (inner / "clip7.json").write_text(json.dumps(clip(2)))
+    a = write_archive(KineticsSource(tmp_path / "k"), tmp_path / "out")
+    assert a.sample_ids.tolist() == ["clip0", "clip1", "clip2", "clip3", "clip7", "clip1", "clip4", "clip5"]
+    assert {name: a.members(name).tolist() for name in a.splits} == {"train": [0, 1, 2, 3, 4], "val": [5, 6, 7]}
+    assert a.with_split("k400").members("test").tolist() == [5, 6, 7] and a.lengths[[1, 5]].tolist() == [4, 9]
+    assert a.fields["folder"][4] == "kinetics_train/testifying"
+
+
 def broken(**change: Any) -> dict[str, Any]:
     content = clip(2)
     content["data"][1]["skeleton"][0] |= change
@@ -174,6 +187,16 @@ def test_pose_files_become_an_archive(tmp_path: Path, capsys: pytest.CaptureFixt
     np.testing.assert_array_equal(a.read(i)[0], stack_detections(x, frame, 2)[..., :2].swapaxes(0, 1))
     assert a.label[i] == 1 and a.fields["img_shape"][i].tolist() == [240, 320]
     assert SkeletonDataset(a.with_split(), "train", clip_len=4)[0][0].shape == (2, 4, 17, 3)
+
+
+def test_an_id_in_both_lists_is_named(tmp_path: Path) -> None:
+    path = k400(tmp_path / "k")
+    content = pickle.loads(path.read_bytes())
+    content["split"]["train"].append("v4")
+    path.write_bytes(pickle.dumps(content))
+    a = write_archive(K400Source(path), tmp_path / "out")
+    with pytest.raises(UserError, match="part of split 'train/val' of archive 'k400'. Got 1 in both, 'v4' first"):
+        a.with_split("k400")
 
 
 def test_each_pose_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

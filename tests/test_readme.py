@@ -1,25 +1,38 @@
-"""README says what is so: its tables are those of the committed results, and its example runs."""
+"""README and docs say what is so: their tables are those of the committed results, and README's example runs."""
 from __future__ import annotations
 
-import json
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
-from sparse_stgcn.benchmark.table import Row, pivot
-
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["bench_networks", "bench_training", "bench_ops"])
-def test_tables_are_those_of_the_results(name):
-    marked = re.search(rf"<!-- {name}: .*? -->\n(.*?)<!-- /{name} -->", README, re.DOTALL)
-    assert marked, f"README has no table marked {name}"
-    result = json.loads((ROOT / "results" / f"{name}.json").read_text())
-    assert marked[1].strip() == pivot([Row(**row) for row in result["rows"]])
-    assert all(row["error"] < 1e-3 for row in result["rows"])
+@pytest.fixture(scope="module")
+def tables():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "results" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_those_of_the_results(tables):
+    shown = set()
+    for page in tables.PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        shown |= {match[2] for match in tables.MARKED.finditer(text)}
+        assert tables.render(text) == text, f"{page} is behind its results: python results/tables.py"
+    assert shown == set(tables.TABLES)
+
+
+def test_a_table_of_wrong_outputs_is_refused(tables, monkeypatch):
+    row = {**tables.read("bench_ops")["rows"][0], "error": float("nan")}
+    monkeypatch.setattr(tables, "read", lambda name: {"rows": [row]})
+    with pytest.raises(ValueError, match="Expected rows whose error is below"):
+        tables.rows("bench_ops")
 
 
 def test_example_runs():

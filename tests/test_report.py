@@ -144,6 +144,15 @@ def test_telling_samples_are_the_surest_mistakes_and_the_least_sure_answers():
     assert [i for i, _ in telling(scores, 4)] == [2, 4, 3, 1]
 
 
+def test_the_page_of_an_automatic_run_says_so(work_dir, tmp_path):
+    shutil.copytree(work_dir, tmp_path / "run")
+    result = json.loads((work_dir / "result.json").read_text())
+    result["config"] |= {"sparsity": "auto", "budget": "5%"}
+    (tmp_path / "run" / "result.json").write_text(json.dumps(result))
+    assert run(report.main, [str(tmp_path / "run"), "--samples", "0"]) == 0
+    assert "stgcn, sparsity auto, block 4x1" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
 # ---- clips ------------------------------------------------------------------------------------------------------
 
 def unpack(clip):
@@ -193,6 +202,13 @@ def test_cells_of_a_table_are_escaped_and_numbers_stand_right():
     assert '<td class="number">3 %</td>' in text and "<td>&lt;u&gt;</td>" in text
 
 
+def test_a_page_holds_what_can_be_written():
+    text = render(Page("a\x08\ud800", "é\n", sections=[Section("\x00", [Table(("a",), [("\x9b2J",)])])]))
+    text.encode()
+    assert "<title>a\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}</title>" in text and "é\n" in text
+    assert not set(text) & set("\x00\x08\x9b")
+
+
 @pytest.fixture
 def sweep(work_dir, tmp_path):
     """Results of two runs, one of them made up from the other."""
@@ -217,6 +233,15 @@ def test_a_sweep_has_its_runs(sweep, work_dir, capsys):
     images = [attributes["alt"] for tag, attributes in parsed.tags if tag == "img"]
     assert len(images) == 4 and f"At 0.8 the cross entropy ends at {columns(result['history'])['loss'][-1]:.3f}." in images[2]
     assert "1 kB" in text and "stgcn 0.99 (1 kB, 87.5%)" in text
+
+
+def test_former_entries_are_on_no_page(sweep):
+    entries = json.loads(sweep.read_text())["entries"]
+    entries[1] |= {"former": True, "name": "of another grid"}
+    sweep.write_text(json.dumps({"format": FORMAT, "grid": "grid", "entries": entries}))
+    assert run(report.main, [str(sweep)]) == 0
+    text = sweep.with_suffix(".html").read_text()
+    assert "of another grid" not in text and "87.5" not in text and "1 results of a sweep" in text
 
 
 def test_a_sweep_plays_the_sequences_that_most_runs_get_wrong(sweep, work_dir, tmp_path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -127,6 +129,55 @@ def test_a_moved_run_resumes(tmp_path: Path) -> None:
     run.fit()
     assert run.work_dir == tmp_path / "there"
     assert len(run.trainer.history) == 4
+
+
+IDS = np.array([f"a{i}" for i in range(30)])
+NEW_DATA: dict[str, tuple[dict[str, Any], str]] = {
+    "sequences": ({**tiny.arrays(33), "sample": None},
+                  r"33 sequences instead of 30, \d+ frames instead of \d+, other lengths, other labels, other training split;"),
+    "lengths": ({"offset": tiny.arrays()["offset"] + np.r_[0, 1, np.zeros(29, int)]}, "other lengths;"),
+    "labels": ({"label": 2 - tiny.arrays()["label"]}, "other labels;"),
+    "split": ({"train": np.roll(tiny.arrays()["train"], 1)}, "other training split;"),
+    "ids": ({"sample": np.char.add(IDS, "b")}, "other sample ids;"),
+    "precision": ({"keypoint": tiny.arrays()["keypoint"].astype(np.float64)}, "other type of coordinates;"),
+    "persons": ({"keypoint": tiny.arrays()["keypoint"].repeat(2, 1)}, "2 persons instead of 1;"),
+}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run after its first epoch, on sequences with ids."""
+    folder = tmp_path_factory.mktemp("begun")
+    tiny.write_npz(folder / "tiny.npz", sample=IDS)
+    run = start(folder, "cut")
+    run.trainer.fit(until=1)
+    return run.work_dir
+
+
+def elsewhere(run: Path, folder: Path, **changed: object) -> Run:
+    """The run continued with an archive in another directory."""
+    data = tiny.write_npz(folder / "tiny.npz", **{"sample": IDS, **changed})
+    return prepare(parse(["--resume", str(run), "--data", str(data)]), Stopping(None))
+
+
+@pytest.mark.parametrize("changed", [{}, {"sample": None}], ids=["same", "no ids"])
+def test_the_same_data_may_lie_elsewhere(changed: dict[str, Any], begun: Path, tmp_path: Path) -> None:
+    assert elsewhere(begun, tmp_path, **changed).trainer.epoch == 1
+
+
+@pytest.mark.parametrize("name", NEW_DATA)
+def test_other_data_are_refused(name: str, begun: Path, tmp_path: Path) -> None:
+    changed, message = NEW_DATA[name]
+    said = "Expected --data to be what the run in .*cut was trained on. Got .*tiny.npz with "
+    with pytest.raises(UserError, match=said + message):
+        elsewhere(begun, tmp_path, **changed)
+
+
+def test_a_state_that_does_not_say_which_data_goes_on(tmp_path: Path) -> None:
+    run = start(tmp_path, "cut")
+    run.trainer.data = None
+    run.trainer.fit(until=1)
+    assert elsewhere(run.work_dir, tmp_path, label=2 - tiny.arrays()["label"]).trainer.epoch == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"rubbish" * 20], ids=["empty", "rubbish"])

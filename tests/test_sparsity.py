@@ -14,12 +14,14 @@ from sparse_stgcn.layers import SparseConv2d
 from sparse_stgcn.sparsity import (
     block_of,
     compact_parameters,
+    groups_of,
     maskable_convs,
     masked,
     parse_block,
     stage,
     summary,
 )
+from sparse_stgcn.training.generator import TwoStage
 
 NAMES = ("stgcn", "aagcn", "ctrgcn", "dgstgcn")
 CUSTOM = {"joints": ["hip", "spine", "head", "left_hand", "right_hand", "tail"],
@@ -229,6 +231,34 @@ def test_every_convolution_is_in_a_block() -> None:
         block_of("cls_head.fc_cls")
 
 
+class OwnNetwork(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.net = SparseConv2d(3, 16, 9), torch.nn.ModuleList([SparseConv2d(16, 32, 3, stride=2)])
+        self.head = torch.nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.net[0](self.stem(x)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("scope", ["layer", "block", "global"])
+def test_a_network_of_ones_own(scope: str) -> None:
+    model, x = OwnNetwork(), torch.randn(2, 3, 8, 5)
+    sparsify(model, 0.75, block=(4, 1), scope=scope)
+    penalty = TwoStage(model, 1).penalty()
+    assert penalty > 0
+    with masked(model):
+        wanted = model(x)
+    assert torch.allclose(compact(model)(x), wanted, atol=1e-6)
+    assert summary(model).kept_fraction == pytest.approx(0.25, abs=0.01)
+    assert groups_of(["stem", "net.0", "backbone.gcn.3.tcn.conv"]) == [4, 5, 3]
+
+
+def test_a_network_without_sparse_convolutions_is_refused() -> None:
+    with pytest.raises(ValueError, match="layers.SparseConv2d. Got none"):
+        sparsify(torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3)), 0.9)
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"name": "gcn"}, "name to be one of stgcn, aagcn, ctrgcn, dgstgcn. Got 'gcn'"),
     ({"num_classes": 0}, "num_classes to be a whole number of at least 1. Got 0"),
@@ -236,6 +266,13 @@ def test_every_convolution_is_in_a_block() -> None:
     ({"dropout": 1}, "dropout to be at least 0 and below 1"),
     ({"attention": True}, "arguments of stgcn among"),
     ({"graph": "tree"}, "mode to be one of"),
+    ({"base_channels": 0}, "base_channels to be a whole number of at least 1. Got 0"),
+    ({"base_channels": 8.0}, "base_channels to be a whole number"),
+    ({"num_subsets": 0}, "num_subsets to be a whole number of at least 1"),
+    ({"name": "aagcn", "num_person": -1}, "num_person to be a whole number of at least 1"),
+    ({"name": "dgstgcn", "ratio": 0}, "ratio above 0. Got 0"),
+    ({"name": "dgstgcn", "base_channels": 5}, "base_channels that the branches of dgstgcn can share. Got 5"),
+    ({"name": "ctrgcn", "base_channels": 3}, "base_channels that the branches of ctrgcn can share. Got 3"),
     ({"adaptive": "no"}, "adaptive to be one of importance, init, offset, fixed. Got 'no'"),
 ])
 def test_bad_models_are_refused(change: dict, message: str) -> None:
@@ -336,7 +373,8 @@ class TestSparseConv2d:
             conv.attach(BlockPattern.full((8, 4, 3), (8, 1)))
         with pytest.raises(ValueError, match="Got stage 'dense'"):
             conv.compact()
-        with pytest.raises(ValueError, match="kernel_size to be odd"):
-            SparseConv2d(4, 8, 4)
+        for size in (4, 0, -1, (9, 1), 3.0):
+            with pytest.raises(ValueError, match="kernel_size to be an odd whole number"):
+                SparseConv2d(4, 8, size)
         with pytest.raises(ValueError, match="call aggregate"):
             SparseConv2d(4, 8, subsets=3)(torch.zeros(1, 4, 2, 2))

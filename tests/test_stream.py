@@ -189,7 +189,82 @@ def test_a_rolling_prediction_is_that_of_the_last_frames(window, chunk, fps):
     rolling.reset()
     assert rolling.push(np.zeros((1, 5, 3))) is None
     with pytest.raises(UserError, match="the same for all"):
-        rolling.push(np.zeros((2, 5, 3)))
+        rolling.push(np.zeros((1, 5, 2)))
+
+
+def rolling_of(model, window=8, chunk=1, protocol=None, **options):
+    predictor = Predictor(model, inputs_of(model, clips=1, **(protocol or {})), ("one", "two", "three"))
+    return RollingPredictor(predictor, window, chunk, **options)
+
+
+def crowd(frames=40):
+    """Frames of one to three persons, and the same with everybody in all of them; joints are lost, the first person leaves."""
+    x = sequence(frames, persons=3)
+    x[1, 5:8] = x[2, :9] = x[2, 12:] = x[0, 30:33] = 0
+    x[0, 3:6, 2] = x[1, 15, 1] = np.nan
+    some = [x[:1 if 5 <= t < 8 else 3 if 9 <= t < 12 else 2, t] for t in range(frames)]
+    return [frame[0] if len(frame) == 1 else frame for frame in some], x
+
+
+@pytest.mark.parametrize("make", [stream_of, rolling_of])
+@pytest.mark.parametrize(("fps", "missing"), [(None, "interpolate"), (60, "interpolate"), (60, "keep"), (20, "drop")])
+def test_persons_come_and_go(make, fps, missing):
+    options = {"protocol": {"num_person": 2, "persons": 3, "fps": 30, "missing": missing}, "window": 40, "fps": fps, "chunk": 5}
+    (frames, together), stream = crowd(), make(tiny.model(0.5), **options)
+    answers = [*(stream.push(frame) for frame in frames), stream.finish()]
+    wants = list(make(tiny.model(0.5), **options).run(together))
+    assert answers[-1] is not None
+    assert all(a is b is None or np.array_equal(a.probability, b.probability) for a, b in zip(answers, wants, strict=True))
+
+
+@pytest.mark.parametrize("make", [stream_of, rolling_of])
+@pytest.mark.parametrize("fps", [None, 50])
+def test_a_bad_frame_leaves_the_stream_as_it_was(make, fps):
+    x, good, hurt = sequence(20), *(make(tiny.model(0.5), window=8, fps=fps, protocol={"fps": 25}) for _ in range(2))
+    bad = [(np.zeros((1, 4, 3)), None), (np.zeros((1, 5, 2)), None), (np.zeros(3), None), (np.full((1, 5, 3), "x"), None),
+           (np.zeros((0, 5, 3)), None), (x[:, 0], np.ones((1, 5))), (x[:, 0], 1.0)]
+    for t in range(20):
+        for frame, score in bad if t in (0, 9) else []:
+            with pytest.raises(UserError, match="Expected"):
+                hurt.push(frame, score)
+        a, b = good.push(x[:, t]), hurt.push(x[:, t])
+        assert a is b is None or np.array_equal(a.probability, b.probability)
+    assert np.array_equal(good.finish().probability, hurt.finish().probability)
+
+
+@pytest.mark.parametrize("make", [StreamPredictor, RollingPredictor])
+@pytest.mark.parametrize("fps", [None, 50])
+def test_a_frame_without_scores_has_them_where_a_joint_is_seen(make, fps):
+    model = tiny.create_model("stgcn", 3, layout="coco", base_channels=8)
+    x = 500 + 100 * sequence(20, joints=17)[..., :2]
+    x[0, 4:6, 3] = 0
+    score = np.random.default_rng(0).uniform(0.1, 1, size=x.shape[:3]).astype("f4")
+    score[0, 1::2] = (x[0, 1::2] != 0).any(-1)
+    inputs, names = inputs_of(model, fps=25, clips=1), ("one", "two", "three")
+    one, other = (make(model, inputs, names, 8, fps=fps) if make is StreamPredictor else
+                  make(Predictor(model, inputs, names), 8, fps=fps) for _ in range(2))
+    for t in range(20):
+        one.push(x[:, t], score[:, t])
+        other.push(x[:, t], None if t % 2 else score[:, t])
+    assert np.array_equal(one.finish().probability, other.finish().probability)
+
+
+@pytest.mark.parametrize("make", [stream_of, rolling_of])
+def test_a_frame_may_be_pushed_in_the_array_of_the_one_before(make):
+    x, one, other = sequence(20), *(make(tiny.model(0.5), window=8, protocol={"stream": "j"}) for _ in range(2))
+    frame = np.empty_like(x[:, 0])
+    for t in range(20):
+        frame[:] = x[:, t]
+        one.push(x[:, t])
+        other.push(frame)
+    assert np.array_equal(one.finish().probability, other.finish().probability)
+
+
+@pytest.mark.parametrize("make", [stream_of, rolling_of])
+@pytest.mark.parametrize("value", [0, 1e-9, np.nan, np.inf])
+def test_there_is_no_answer_while_nobody_is_seen(make, value):
+    stream = make(tiny.model(0.5), window=8)
+    assert [*stream.run(np.full((1, 9, 5, 3), value))] == [None] * 10
 
 
 def test_a_stream_begins_anew_after_reset():
@@ -270,6 +345,14 @@ def test_resampling_keeps_straight_lines_and_pieces_do_not_matter(ratio):
         stream = Resampler(ratio)
         got = np.concatenate([stream.push(x[:, t:t + size]) for t in range(0, 31, size)], axis=1)
         assert np.array_equal(got, resample(x, ratio))
+
+
+def test_a_piece_that_does_not_fit_is_not_counted():
+    x, stream = 1 + np.arange(9.0)[None, :, None, None] * np.ones((1, 1, 5, 3)), Resampler(0.5)
+    first = stream.push(x[:, :4])
+    with pytest.raises(ValueError):
+        stream.push(np.ones((1, 1, 4, 3)))
+    assert np.array_equal(np.concatenate([first, stream.push(x[:, 4:])], axis=1), resample(x, 0.5))
 
 
 def test_a_joint_that_is_lost_on_one_side_is_taken_from_the_nearer_frame():

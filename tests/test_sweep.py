@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,38 @@ def test_data_and_directories_are_checked_first(tmp_path):
         check([Run(runs[0].name, other.config)], Machine(machine.root, tmp_path))
 
 
+def test_a_directory_of_another_data_set_is_not_gone_on_with(tmp_path):
+    runs, machine, options = fake(tmp_path, [0])
+    drive(runs, machine, **options)
+    for name in ("tiny.npz", "elsewhere/tiny.npz", "larger.npz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        tiny.write_npz(tmp_path / name)
+    here = lambda data: [Run(runs[0].name, replace(runs[0].config, data=data))]
+    check(here("elsewhere/tiny.npz"), Machine(machine.root, tmp_path))
+    for data in ("larger.npz", None):
+        with pytest.raises(UserError, match="another data;"):
+            check(here(data), Machine(machine.root, tmp_path))
+    file = machine.root / runs[0].name / "options.yaml"  # an older version's
+    file.write_text(file.read_text().replace("data: tiny.npz\n", ""))
+    check(here("larger.npz"), Machine(machine.root, tmp_path))
+
+
+def test_a_run_that_another_sweep_has_finished_since_is_not_started_again(tmp_path):
+    runs, machine, options = fake(tmp_path, [0, 2])
+    said, start = [], options["command"]
+
+    def command(run_, slot):
+        if run_ is runs[0]:  # it ends between the first look and the lock
+            (machine.root / run_.name).mkdir(parents=True)
+            (machine.root / run_.name / "result.json").write_text(json.dumps({"test": {"top1": 0.5}, "history": [{}]}))
+        return start(run_, slot)
+
+    assert drive(runs, machine, **{**options, "command": command, "say": said.append}) == []
+    assert [text.split()[:2] for text in said] == [["start", runs[1].name], ["finished", runs[1].name]]
+    assert not (machine.root / runs[0].name / "log.jsonl").exists()
+    assert status(runs[0], machine.root).state == "finished", "and its lock is free again"
+
+
 # ---- results ---------------------------------------------------------------------------------------------------
 
 def entry(sparsity: float, top1: float, **config) -> dict:
@@ -257,6 +290,20 @@ def test_a_sweep_trains_combines_tabulates_and_draws(tmp_path, monkeypatch, caps
     Path("results/small.json").write_text(json.dumps(results))
     assert run(sweep.main, ["small.yaml", "--list", "--runs", "elsewhere"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "runs      2 recorded, 1 missing of 3"
+    # Nor another data set, whose results are not those of this one.
+    found = (tmp_path / "small.yaml").read_text()
+    (tmp_path / "small.yaml").write_text(found.replace("data: tiny.npz", "data: larger.npz"))
+    assert run(sweep.main, ["small.yaml", "--list", "--runs", "elsewhere"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "runs      3 missing of 3"
+    (tmp_path / "small.yaml").write_text(found)
+    # A run that an older version finished here does not name what came later either.
+    file = Path("runs/small", entries[0]["name"], "result.json")
+    result = json.loads(file.read_text())
+    del result["config"]["precision"]
+    file.write_text(json.dumps(result))
+    assert run(sweep.main, ["small.yaml", "--report"]) == 0
+    again = {e["name"]: e for e in collect.read(tmp_path / "results" / "small.json")}
+    assert again[entries[0]["name"]]["config"] == entries[0]["config"]
     content = (tmp_path / "small.yaml").read_text().replace("epochs: 2", "epochs: 3")
     (tmp_path / "small.yaml").write_text(content)
     assert run(sweep.main, ["small.yaml", "--list", "--runs", "elsewhere"]) == 0

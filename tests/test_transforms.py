@@ -151,8 +151,14 @@ def test_alignment_stands_the_body_upright() -> None:
     np.testing.assert_allclose(np.linalg.norm(y[1, 3, 7] - y[0, 5, 9]), np.linalg.norm(x[1, 3, 7] - x[0, 5, 9]))
 
 
-def test_zero_clip_and_zero_joints_stay_zero() -> None:
-    assert not tf.pre_normalize_3d(np.zeros((2, 5, 25, 3), np.float32)).any()
+@pytest.mark.parametrize("value", [0, 1e-8, -1e-9, 1e-40, np.nan])
+def test_a_clip_without_anybody_is_zeros(value: float) -> None:
+    y = tf.pre_normalize_3d(np.full((2, 5, 25, 3), value, np.float32))
+    np.testing.assert_array_equal(y, np.zeros((2, 5, 25, 3)))
+    assert y.dtype == np.float32
+
+
+def test_zero_joints_stay_zero() -> None:
     x = np.random.default_rng(1).normal(size=(1, 4, 25, 3))
     x[0, 2, 13] = 0
     assert not tf.pre_normalize_3d(x)[0, 2, 13].any()
@@ -390,6 +396,20 @@ def test_drop_never_leaves_nothing() -> None:
     x[0, 1:, 1] = np.nan
     y = tf.fill_missing(x, "drop")
     assert y.shape[1] == 1 and np.isfinite(y).all()
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_drop_does_not_take_an_empty_frame_for_the_most_complete_one(axes: int) -> None:
+    x = np.random.default_rng(8).normal(size=(2, 6, 5, 3)) + 3
+    x[:, 4] = 0
+    x[0, :4, 0] = np.nan
+    x[1, 5, 1:3] = 0
+    np.testing.assert_array_equal(tf.fill_missing(x, "drop", axes), np.nan_to_num(x[:, :4]))
+    x[0, 0, 0] = 3  # a complete frame: those with a missing joint go, as does nobody
+    np.testing.assert_array_equal(tf.fill_missing(x, "drop", axes), x[:, [0, 4]])
+    x[:, 1:] = np.nan
+    x[:, 0] = 0
+    assert tf.fill_missing(x, "drop", axes).shape[1] == 1, "where nobody is seen, the empty frame stays"
 
 
 @settings(max_examples=80, deadline=None)

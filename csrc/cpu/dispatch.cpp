@@ -9,6 +9,15 @@ namespace sparse_stgcn {
 
 ParallelFor torch_parallel_for = nullptr;
 
+void TaskErrors::keep() {
+  if (!__atomic_exchange_n(&failed, true, __ATOMIC_RELAXED)) first = std::current_exception();
+}
+
+void TaskErrors::raise(int32_t code) {
+  if (first) std::rethrow_exception(first);
+  if (code) throw std::runtime_error("Expected torch_parallel_for to return 0. Got " + std::to_string(code) + ".");
+}
+
 namespace {
 const Table& choose() {
   const char* wanted = std::getenv("SPARSE_STGCN_ISA");

@@ -22,14 +22,14 @@ INLINE void fused_row(const float* x, Entries<float> e, int64_t rows, int64_t pi
   });
 }
 
-// max(v, 0): one instruction with the bits of v > 0 ? v : 0, for NaN and -0 too.
+// max(0, v): one instruction with the bits of v < 0 ? 0 : v, for NaN and -0 too. A NaN stays one: it must not become an answer.
 INLINE Vec<float> relu(Vec<float> v) {
 #if VECTOR_BYTES == 64
-  return (Vec<float>)_mm512_max_ps((__m512)v, _mm512_setzero_ps());
+  return (Vec<float>)_mm512_max_ps(_mm512_setzero_ps(), (__m512)v);
 #elif VECTOR_BYTES == 32
-  return (Vec<float>)_mm256_max_ps((__m256)v, _mm256_setzero_ps());
+  return (Vec<float>)_mm256_max_ps(_mm256_setzero_ps(), (__m256)v);
 #else
-  return v > Vec<float>{} ? v : Vec<float>{};
+  return v < Vec<float>{} ? Vec<float>{} : v;
 #endif
 }
 
@@ -167,7 +167,7 @@ inline void fused_aa(const FusedStep& s, int64_t V, float* arena, Share share); 
 inline void column_step(const FusedNetwork& net, const FusedStep& s, float* arena, float* features, Share share);  // fused_columns.inl
 #endif
 
-// The normalised input of a person. False if it holds a NaN, which the ReLUs of the steps would turn into zeros.
+// The normalised input of a person. False if it holds a NaN or an infinity, of which the network makes NaN.
 INLINE bool fused_input(const FusedNetwork& net, const float* x, const int64_t stride[3], int64_t person, float* arena) {
   const int64_t T = net.frames, V = net.joints, C = net.channels;
   const float* scale = net.scale + person % net.persons * V * C;
@@ -180,7 +180,7 @@ INLINE bool fused_input(const FusedNetwork& net, const float* x, const int64_t s
       for (int64_t v = 0; v < V; v++) {
         const float value = x[t * stride[0] + v * stride[1] + c * stride[2]];
         const int64_t q = net.columns ? t / net.strip_frames * V + v : 0;
-        number &= value == value;
+        number &= value - value == 0;
         to[net.columns ? q / 16 * net.column + t % net.strip_frames * 16 + q % 16 : t * V + v] = value * scale[v * C + c] + shift[v * C + c];
       }
   }
@@ -206,7 +206,7 @@ inline void fused_step(const FusedNetwork& net, const FusedStep& s, float* arena
   else fused_branch_step(s, V, arena);
 }
 
-// One person, its steps shared by `threads` threads. A person with a NaN has no features but NaN, as in the network itself.
+// One person, its steps shared by `threads` threads. A person with a number that is not finite has no features but NaN.
 inline void fused_person(const FusedNetwork& net, const float* x, const int64_t stride[3], int64_t person, float* arena,
                          float* features, int threads) {
   if (!fused_input(net, x, stride, person, arena)) {

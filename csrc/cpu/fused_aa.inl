@@ -211,7 +211,7 @@ inline void attend(const FusedStep& s, int64_t V, float* arena) {
     squeezed[o] = sum_lanes<float>(sum) / (float)T;
   }
   linear(squeezed, O, fc1, narrow, s.bias + 2, hidden);
-  for (int64_t i = 0; i < s.hidden; i++) hidden[i] = hidden[i] > 0 ? hidden[i] : 0;
+  for (int64_t i = 0; i < s.hidden; i++) hidden[i] = hidden[i] < 0 ? 0 : hidden[i];  // a NaN stays one
   linear(hidden, s.hidden, fc2, wide, s.bias + 2 + narrow, squeezed);
   for (int64_t o = 0; o < wide; o += lanes<float>) store(squeezed + o, one_plus_sigmoid(load(squeezed + o)));
 

@@ -21,6 +21,8 @@ INLINE void fused_means(const FusedStep& s, int64_t V, float* arena) {
   }
 }
 
+INLINE Vec<float> larger(Vec<float> a, Vec<float> b) { return (a > b) | (a != a) ? a : b; }  // NaN, if one is
+
 // relu as in kConv; scale in coef, shift in bias, both per row.
 INLINE void fused_max(const FusedStep& s, int64_t V, float* arena) {
   const int64_t pixels = s.frames * V;
@@ -31,11 +33,10 @@ INLINE void fused_max(const FusedStep& s, int64_t V, float* arena) {
     const Vec<float> scale = splat<float>(s.coef[r]), shift = splat<float>(s.bias[r]);
     for (int64_t p = 0; p < pixels; p += lanes<float>) {
       const Vec<float> a = load(x + s.offset[0] + p), b = load(x + s.offset[1] + p), c = load(x + s.offset[2] + p);
-      Vec<float> top = a > b ? a : b;
-      top = (top > c ? top : c) * scale + shift;
-      top = top > first ? top : first;
+      Vec<float> top = larger(larger(a, b), c) * scale + shift;
+      top = top < first ? first : top;  // a NaN stays one
       if (res) top += load(res + p);
-      store(y + p, top > last ? top : last);
+      store(y + p, top < last ? last : top);
     }
   }
 }

@@ -26,7 +26,7 @@ INLINE void fused_rows(const FusedStep& s, int64_t group, const float* bias, int
     auto start = [&](int64_t i, int64_t, int) __attribute__((always_inline)) { return splat<float>(bias[c + i]); };
     const Vec<float> floor = positive ? Vec<float>{} : splat<float>(-__builtin_inff());
     fused_row(arena + at, e, n, pixels, y + (c - first) * ldy, ldy, start,
-              [&](int64_t, int64_t, Vec<float> sum) __attribute__((always_inline)) { return sum > floor ? sum : floor; });
+              [&](int64_t, int64_t, Vec<float> sum) __attribute__((always_inline)) { return sum < floor ? floor : sum; });  // a NaN stays one
   });
 }
 

@@ -95,8 +95,8 @@ __attribute__((noinline)) void split_frames(const GraphProduct& p, int64_t t, fl
   const float* residual = RELU ? p.residual + t * V : nullptr;
   UNROLL for (int r = 0; r < R; r++) {
     if constexpr (RELU) {
-      low[r] = _mm512_maskz_max_ps(0xffff, low[r] + _mm512_loadu_ps(residual + r * V), _mm512_setzero_ps());
-      high[r] = _mm256_max_ps(high[r] + _mm256_loadu_ps(residual + r * V + 16), _mm256_setzero_ps());
+      low[r] = _mm512_maskz_max_ps(0xffff, _mm512_setzero_ps(), low[r] + _mm512_loadu_ps(residual + r * V));
+      high[r] = _mm256_max_ps(_mm256_setzero_ps(), high[r] + _mm256_loadu_ps(residual + r * V + 16));
     }
     _mm512_storeu_ps(y + r * V, low[r]), _mm256_storeu_ps(y + r * V + 16, high[r]);
   }
@@ -119,7 +119,7 @@ __attribute__((noinline)) void split_frames(const GraphProduct& p, int64_t t, fl
     last[r] += sums[r];
     if constexpr (RELU) {
       const float sum = last[r] + p.bias + residual[r * V + 24];
-      y[r * V + 24] = sum > 0 ? sum : 0;
+      y[r * V + 24] = sum < 0 ? 0 : sum;
     } else {
       y[r * V + 24] = last[r];
     }
@@ -198,7 +198,7 @@ __attribute__((noinline)) void five_frames(const GraphProduct& p, int64_t t, con
     const float* residual = RELU ? p.residual + (t + 5 * i) * V : nullptr;
     auto put = [&](__m512 sum, int64_t at, __mmask16 lanes_kept) __attribute__((always_inline)) {
       if constexpr (RELU)
-        sum = _mm512_maskz_max_ps(lanes_kept, _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes_kept, residual + at)), _mm512_setzero_ps());
+        sum = _mm512_maskz_max_ps(lanes_kept, _mm512_setzero_ps(), _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes_kept, residual + at)));
       _mm512_mask_storeu_ps(y + at, lanes_kept, sum);
     };
     UNROLL for (int n = 0; n < 5; n++) put(acc[i][n], n * V, 0xffff);
@@ -231,7 +231,7 @@ __attribute__((noinline)) void single_frames(const GraphProduct& p, int64_t t) {
       const int64_t at = (t + r) * V + 16 * n;
       __m512 sum = acc[r][n];
       if constexpr (RELU)
-        sum = _mm512_maskz_max_ps(kept, _mm512_add_ps(sum, _mm512_maskz_loadu_ps(kept, p.residual + at)), _mm512_setzero_ps());
+        sum = _mm512_maskz_max_ps(kept, _mm512_setzero_ps(), _mm512_add_ps(sum, _mm512_maskz_loadu_ps(kept, p.residual + at)));
       _mm512_mask_storeu_ps(p.y + at, kept, sum);
     }
 }
@@ -270,6 +270,6 @@ INLINE void graph_product(const GraphProduct& p, int64_t V, int64_t ld, const Fr
   if constexpr (RELU)
     for (int64_t i = 0; i < pixels; i++) {
       const float sum = p.y[i] + p.bias;
-      p.y[i] = sum > 0 ? sum : 0;
+      p.y[i] = sum < 0 ? 0 : sum;
     }
 }

@@ -158,11 +158,24 @@ class FlushDenormals {
 #endif
 };
 
+// body(i) for every task, on up to `threads` threads. An exception of a task is thrown again here, once all tasks have ended.
 template <class F>
 void parallel(int64_t tasks, int threads, F body) {
-  auto run = [](int64_t begin, int64_t end, void* context) {
-    for (int64_t i = begin; i < end; i++) (*(F*)context)(i);
+  if (!torch_parallel_for || threads <= 1 || tasks <= 1) {
+    for (int64_t i = 0; i < tasks; i++) body(i);
+    return;
+  }
+  struct Work {
+    F& body;
+    TaskErrors errors;
+  } work{body, {}};
+  const auto run = [](int64_t begin, int64_t end, void* context) {
+    Work& work = *(Work*)context;
+    try {
+      for (int64_t i = begin; i < end; i++) work.body(i);
+    } catch (...) {
+      work.errors.keep();
+    }
   };
-  if (torch_parallel_for && threads > 1 && tasks > 1) torch_parallel_for(0, tasks, 1, run, &body);
-  else run(0, tasks, &body);
+  work.errors.raise(torch_parallel_for(0, tasks, 1, run, &work));
 }

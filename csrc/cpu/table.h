@@ -4,6 +4,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 
 #include "fused.h"
 
@@ -276,5 +277,16 @@ const Table& table();
 // The address of torch's C symbol `torch_parallel_for`; without it everything runs on the calling thread.
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, void (*)(int64_t, int64_t, void*), void*);
 extern ParallelFor torch_parallel_for;
+
+// What tasks of a parallel loop threw. torch's symbol says only that one did, by its result, and not what.
+class TaskErrors {
+ public:
+  void keep();               // in a handler, on any thread: the first exception is kept
+  void raise(int32_t code);  // after the loop, with its result: throws what was kept, or says that the loop failed
+
+ private:
+  bool failed = false;
+  std::exception_ptr first;
+};
 
 }  // namespace sparse_stgcn

@@ -146,7 +146,8 @@ struct GraphLaunch : Launch<GraphConv> {
 
 Device device_at(int index) {
     Device device;
-    if (!read_device(index, &device)) throw std::runtime_error("there is no CUDA device " + std::to_string(index));
+    if (const char* error = read_device(index, &device))
+        throw std::runtime_error("CUDA device " + std::to_string(index) + " cannot be used: " + error);
     return device;
 }
 

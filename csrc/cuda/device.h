@@ -10,22 +10,30 @@ struct f16 { uint16_t bits; };
 #include "emulate.h"
 #else
 #define SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
-// The error's text, or null. The limit on shared memory is per kernel and cheap to set again.
+// The error's text, or null.
 #define LAUNCH(kernel, grid, threads, bytes, stream, ...)                                                     \
-    (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)),                   \
+    (allow_all_shared(kernel),                                                                                \
      kernel<<<grid, threads, bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__),                        \
-     launch_error(cudaGetLastError()))
-inline const char* launch_error(cudaError_t e) { return e == cudaSuccess ? nullptr : cudaGetErrorString(e); }
+     error_text(cudaGetLastError()))
+inline const char* error_text(cudaError_t e) { return e == cudaSuccess ? nullptr : cudaGetErrorString(e); }
 
-// Makes a device current for a scope. torch and this module have each their own runtime, so nothing is taken for granted.
-struct DeviceGuard {
-    int before = -1;
-    explicit DeviceGuard(int index) {
-        if (cudaGetDevice(&before) != cudaSuccess || before == index) before = -1;
-        cudaSetDevice(index);
-    }
-    ~DeviceGuard() { if (before >= 0) cudaSetDevice(before); }
-};
+// Lets a kernel take as much shared memory as a block may have on the current device. The limit is the kernel's and not the
+// launch's, and cheap to set again: were it the bytes of a launch, another thread could lower it before that launch.
+template <class Kernel> void allow_all_shared(Kernel* kernel) {
+    int device = 0, most = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+}
+
+// Makes a device current for this thread; the error's text, or null. torch and this module have each their own runtime, so
+// nothing is taken for granted. The caller, who asks within torch.cuda.device, goes back to the device before: this runtime
+// takes device 0 for that until it is told, and going back to it would create a context where nobody else has one.
+inline const char* use_device(int index) {
+    const char* error = error_text(cudaSetDevice(index));
+    cudaGetLastError();                                                 // a launch reports what went wrong in it alone
+    return error;
+}
 
 // Copy `valid` bytes (0..16) from global to shared memory and fill the rest of the 16 with zeros, without waiting.
 __device__ __forceinline__ void cp_async_16(void* to, const void* from, int valid) {

@@ -221,7 +221,7 @@ inline unsigned lane() { return self->rank & 31; }
 #define SHARED_MEMORY(name) unsigned char* name = emu::shared_memory()
 #define LAUNCH(kernel, grid, threads, bytes, stream, ...) \
     (emu::streams.push_back(stream), emu::launch(grid, threads, bytes, [&] { kernel(__VA_ARGS__); }))
-struct DeviceGuard { explicit DeviceGuard(int) {} };
+inline const char* use_device(int) { return nullptr; }
 
 template <class T> inline T atomicAdd(T* p, T v) { T old = *p; *p += v; return old; }
 inline int atomicOr(int* p, int v) { int old = *p; *p |= v; return old; }

@@ -88,7 +88,7 @@ int64_t graph_conv_scratch(const GraphConv& op, const Tile& tile) {
 
 const char* graph_conv_forward(const GraphConv& op, const Tile& tile, const Device& device, Planes x, const void* values,
                                Adjacency adjacency, const Epilogue& epilogue, void* y, void* scratch, void* stream) {
-    DeviceGuard guard(device.index);
+    if (const char* error = use_device(device.index)) return error;
     Gather g = forward_of(op);
     g.x = x, g.values = values;
     if (!op.per_channel) {
@@ -122,7 +122,7 @@ int64_t graph_conv_input_gradient_scratch(const GraphConv& op, const Tile& tile)
 const char* graph_conv_input_gradient(const GraphConv& op, const Tile& tile, const Device& device, Planes x, Planes dy,
                                       const void* values, Adjacency adjacency, void* dx, void* dadjacency, void* scratch,
                                       void* stream) {
-    DeviceGuard guard(device.index);
+    if (const char* error = use_device(device.index)) return error;
     if (tile.reason) return tile.reason;
     if (const char* error = misaligned(scratch)) return error;
     const Adjacency back = transposed(adjacency);
@@ -169,7 +169,7 @@ int64_t graph_conv_weight_gradient_scratch(const GraphConv& op, const Tile& tile
 const char* graph_conv_weight_gradient(const GraphConv& op, const Tile& tile, const Device& device, Planes x, Planes dy,
                                        const void* values, Adjacency adjacency, Lasso lasso, void* dw, float* dy_sums,
                                        void* scratch, void* stream) {
-    DeviceGuard guard(device.index);
+    if (const char* error = use_device(device.index)) return error;
     if (tile.reason) return tile.reason;
     if (const char* error = misaligned(scratch)) return error;
     Gather g = weight_gradient_of(op);

@@ -124,6 +124,6 @@ const char* graph_conv_weight_gradient(const GraphConv& op, const Tile& tile, co
                                        const void* values, Adjacency adjacency, Lasso lasso, void* dw, float* dy_sums,
                                        void* scratch, void* stream);
 
-bool read_device(int index, Device* device);        // false where there is no such device or no driver
+const char* read_device(int index, Device* device); // the error's text, if there is no such device or no driver for it
 
 }  // namespace sparse_stgcn::cuda

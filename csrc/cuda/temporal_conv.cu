@@ -39,7 +39,7 @@ int64_t temporal_conv_scratch(const TemporalConv& op, const Tile& tile) {
 }
 const char* temporal_conv_forward(const TemporalConv& op, const Tile& tile, const Device& device, Planes x, const void* values,
                                   const Epilogue& epilogue, void* y, void* scratch, void* stream) {
-    DeviceGuard guard(device.index);
+    if (const char* error = use_device(device.index)) return error;
     Gather g = output_of(op);
     g.x = x, g.values = values, g.epilogue = epilogue, g.y = y;
     return gather(g, tile, scratch, stream);
@@ -53,7 +53,7 @@ int64_t temporal_conv_input_gradient_scratch(const TemporalConv& op, const Tile&
 }
 const char* temporal_conv_input_gradient(const TemporalConv& op, const Tile& tile, const Device& device, Planes dy,
                                          const void* values, void* dx, void* scratch, void* stream) {
-    DeviceGuard guard(device.index);
+    if (const char* error = use_device(device.index)) return error;
     Gather g = input_gradient_of(op);
     g.x = dy, g.values = values, g.y = dx;
     return gather(g, tile, scratch, stream);
@@ -64,19 +64,19 @@ const char* gather(const Gather& g, const Tile& tile, void* scratch, void* strea
 }
 
 #if defined(__CUDACC__)
-bool read_device(int index, Device* device) {
+const char* read_device(int index, Device* device) {
     int block = 0, all = 0, count = 0;
-    bool ok = cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, index) == cudaSuccess &&
-              cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index) == cudaSuccess &&
-              cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index) == cudaSuccess;
-    if (!ok) cudaGetLastError();
+    cudaError_t e = cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
+    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index);
+    cudaGetLastError();                                                 // a launch reports what went wrong in it alone
     *device = Device{index, block, all, count};
-    return ok;
+    return error_text(e);
 }
 #else
-bool read_device(int index, Device* device) {                           // an H100's numbers
+const char* read_device(int index, Device* device) {                    // an H100's numbers
     *device = Device{index, 227 << 10, 228 << 10, 132};
-    return true;
+    return nullptr;
 }
 #endif
 

@@ -338,7 +338,7 @@ int64_t temporal_conv_weight_gradient_scratch(const TemporalConv& op, const Tile
 const char* temporal_conv_weight_gradient(const TemporalConv& op, const Tile& tile, const Device& device, Planes x, Planes dy,
                                           const void* values, Lasso lasso, void* dw, float* dy_sums, void* scratch,
                                           void* stream) {
-    DeviceGuard guard(device.index);
+    if (const char* error = use_device(device.index)) return error;
     Gather g = in_weight_groups(forward_of(op));
     g.x = x, g.values = values;
     return weight_gradient(g, {}, tile, dy, lasso, dw, dy_sums, scratch, stream);

@@ -18,6 +18,8 @@ __all__ = ["AAGCN", "BACKBONES", "CTRGCN", "DGSTGCN", "STGCN", "Backbone", "crea
 
 BACKBONES: dict[str, type[Backbone]] = {"stgcn": STGCN, "aagcn": AAGCN, "ctrgcn": CTRGCN, "dgstgcn": DGSTGCN}
 
+_COUNTS = ("base_channels", "num_person", "num_subsets")
+
 
 def create_model(name: str, num_classes: int, layout: Skeleton | str | Path | Mapping[str, Any] = "nturgb+d",
                  in_channels: int = 3, dropout: float = 0.0, **kwargs: Any) -> Recognizer:
@@ -57,10 +59,20 @@ def create_model(name: str, num_classes: int, layout: Skeleton | str | Path | Ma
     unknown = [key for key in kwargs if key not in allowed]
     if unknown:
         raise ValueError(f"Expected arguments of {name} among {', '.join(allowed)}. Got {unknown[0]!r}.")
+    for argument, value in kwargs.items():
+        if argument in _COUNTS and value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"Expected {argument} to be a whole number of at least 1. Got {value!r}.")
+    if not kwargs.get("ratio", 1) > 0:
+        raise ValueError(f"Expected ratio above 0. Got {kwargs['ratio']!r}.")
     skeleton = Skeleton.load(layout)
     config = {
         "name": name, "num_classes": num_classes, "in_channels": in_channels,
         "layout": layout if isinstance(layout, str) and layout in layouts() else skeleton.to_dict(),
         "kwargs": {**({"dropout": dropout} if dropout else {}), **kwargs},
     }
-    return Recognizer(backbone(skeleton, in_channels, **kwargs), num_classes, dropout, config)
+    try:
+        network = backbone(skeleton, in_channels, **kwargs)
+    except ZeroDivisionError as error:  # a width divided by the number of its branches, or of its embeddings
+        raise ValueError(f"Expected base_channels that the branches of {name} can share. Got {kwargs.get('base_channels')}; "
+                         "choose a multiple of 16.") from error
+    return Recognizer(network, num_classes, dropout, config)

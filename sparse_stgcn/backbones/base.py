@@ -146,6 +146,8 @@ class Backbone(nn.Module):
                 f"channels. Got {keypoint.shape[3]} and {keypoint.shape[4]}; choose the model's layout "
                 "and in_channels to fit the data."
             )
+        if 0 in keypoint.shape[1:3]:
+            raise ValueError(f"Expected keypoint with at least one person and one frame. Got {tuple(keypoint.shape)}.")
         if self.num_person is not None and keypoint.shape[1] != self.num_person:
             raise ValueError(
                 f"Expected keypoint with {self.num_person} persons, which the input norm of this "

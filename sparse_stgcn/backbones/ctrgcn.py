@@ -56,11 +56,11 @@ class ChannelGraphUnit(SharingUnit):
         embedded = stacked([c for conv in convs for c in (conv.conv1, conv.conv2)], mean)
         last, wide = [conv.conv4 for conv in convs], [conv.conv3 for conv in convs]
         lives = [conv.live() for conv in last]
-        patterns = [live.pattern for live in lives if live is not None]
+        patterns = [None if live is None else live.pattern for live in lives]
         weights = [conv.dense_weight()[:, :, 0, 0] if live is None else live.values
                    for conv, live in zip(last, lives, strict=True)]
         embedded = embedded[:, :, 0].unflatten(1, (len(convs), 2, -1))
-        rest: Any = weights, [conv.bias for conv in last], self.alpha, self.A, patterns or None
+        rest: Any = weights, [conv.bias for conv in last], self.alpha, self.A, patterns
         live = live_stack(wide) if x.requires_grad else None  # in training; the fused runtime has its own way
         if live is not None:
             y = ctr_unit(embedded, x, *live, *rest)

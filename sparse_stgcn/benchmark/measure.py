@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,11 @@ class WrongResult(RuntimeError):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A named way to compute something: ``run()`` is timed, ``output()`` is what the check sees."""
+    """A named way to compute something: ``run()`` is timed, ``output()`` is checked: a tensor, or several by name."""
 
     name: str
     run: Callable[[], object]
-    output: Callable[[], Tensor]
+    output: Callable[[], Tensor | Mapping[str, Tensor]]
 
 
 def check(name: str, output: Tensor, reference: Tensor, tolerance: float = 1e-4) -> float:
@@ -33,10 +33,35 @@ def check(name: str, output: Tensor, reference: Tensor, tolerance: float = 1e-4)
     """
     if output.shape != reference.shape:
         raise WrongResult(f"{name}: expected shape {tuple(reference.shape)}, got {tuple(output.shape)}")
-    error = ((output.double() - reference.double()).abs().max() / reference.double().abs().max()).item()
+    error = relative_error(output, reference)
     if not error <= tolerance:
         raise WrongResult(f"{name}: relative error {error:.3g} exceeds {tolerance:.3g}")
     return error
+
+
+def relative_error(output: Tensor, reference: Tensor) -> float:
+    """Largest |output - reference| over the largest |reference|."""
+    return ((output.double() - reference.double()).abs().max() / reference.double().abs().max()).item()
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The right outputs of a candidate that has several, by name; all but the first are held to ``tolerance``."""
+
+    outputs: Mapping[str, Tensor]
+    tolerance: float
+
+    def check(self, name: str, outputs: Mapping[str, Tensor], tolerance: float) -> float:
+        """``check`` each output by its own largest value, the first by the ``tolerance`` given; the error of the first.
+
+        Raises:
+            WrongResult: like ``check``, with the output's name, or other outputs than these.
+        """
+        if outputs.keys() != self.outputs.keys():
+            raise WrongResult(f"{name}: expected {', '.join(self.outputs)}, got {', '.join(outputs)}")
+        errors = [check(f"{name}, {part}", outputs[part], reference, self.tolerance if number else tolerance)
+                  for number, (part, reference) in enumerate(self.outputs.items())]
+        return errors[0]
 
 
 @dataclass(frozen=True)

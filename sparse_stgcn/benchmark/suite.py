@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .measure import Candidate, check, machine_peaks, paired
+from .measure import Candidate, Expected, check, machine_peaks, paired
 from .table import OURS, Row
 
 
@@ -15,7 +15,7 @@ class Entrant:
     """A candidate with its reference, its pattern and what it has to do.
 
     Attributes:
-        reference: the right output, in float64, or the function that makes it.
+        reference: makes the right output, in float64; ``Expected`` where the candidate has several.
         sparsity, block, density: None for a dense engine.
         multiply_adds: that a run needs.
         traffic: bytes that a run reads and writes at least.
@@ -23,7 +23,7 @@ class Entrant:
     """
 
     candidate: Candidate
-    reference: Callable[[], Tensor]
+    reference: Callable[[], Tensor | Expected]
     multiply_adds: int
     traffic: int
     sparsity: float | None = None
@@ -37,9 +37,14 @@ def compare(what: str, subject: str, batch: int, threads: int, entrants: list[En
     """Check every entrant, then time all of them in turn; ``settle``: see ``measure.paired``.
 
     Raises:
-        WrongResult: an output differs from its reference by more than ``tolerance``: no row is made then.
+        WrongResult: an output differs from its reference by more than ``tolerance``, or one of several by more than its own: no
+            row is made then.
     """
-    errors = [check(f"{subject} {what}: {e.candidate.name}", e.candidate.output(), e.reference(), tolerance) for e in entrants]
+    errors = []
+    for e in entrants:
+        name, output, reference = f"{subject} {what}: {e.candidate.name}", e.candidate.output(), e.reference()
+        errors.append(reference.check(name, output, tolerance) if isinstance(reference, Expected) else
+                      check(name, output, reference, tolerance))
     before = machine_peaks(threads)
     timings = paired([e.candidate for e in entrants], rounds, settle=settle)
     after = machine_peaks(threads)

@@ -21,11 +21,14 @@ class Row:
         seconds: median over the rounds.
         speedup: median over the rounds of best dense engine / this one.
         own: the same against this package at density 1; None for other engines.
-        gflops: 2 x multiply-adds of the kept weights (and of everything else that is multiplied) per second.
-        fma: share of the multiply-add peak of these threads, measured before and after the run.
+        gflops: 2 x multiply-adds of the kept weights (and of everything else that is multiplied) per second. It is the work of
+            the network as it is written, see ``macs``: a rate of answers, not of instructions.
+        fma: gflops as a share of the multiply-add peak of these threads, measured before and after the run. A runtime that
+            needs fewer products than the network as it is written can exceed 100 %.
         bandwidth: share of their copy bandwidth, measured then, if every tensor between blocks moved once.
         memory: peak bytes above those before the call, or None where it was not measured.
-        error: largest difference from the float64 reference over its largest value.
+        error: largest difference from the float64 reference over its largest value; of a step that of the classifier's
+            gradient.
     """
 
     what: str

@@ -69,7 +69,8 @@ class Archive:
         """Open a native archive (a directory) or an `.npz` file with the same keys.
 
         Arrays on disk are memory-mapped; so is an array that is stored uncompressed in an `.npz`. `layout` names the
-        skeleton if the file does not hold `joint_names`, `edges` and `root`, or replaces it.
+        skeleton if the file does not hold `joint_names`, `edges` and `root`, or replaces it. Beside `train`, (N,) bool, the
+        test split is `test` or else `val` if that is (N,) bool, too, and all sequences that do not train if neither is.
 
         Raises:
             UserError: nothing there, a key is missing, or the arrays do not fit together; the message names the key.
@@ -177,8 +178,16 @@ class Archive:
 
         `protocol` is "xsub", "xview", "xset", a full name such as "ntu60_xsub", "k400" or "gym", "fold0" (that fold is
         the test), or None if the archive holds one protocol only.
+
+        Raises:
+            UserError: no such protocol, one of its parts is empty, or a sequence is in both.
         """
         name, train, test = resolve_protocol(self.splits, self.fields.get("fold"), protocol, self.name)
+        both = np.flatnonzero(train & test)
+        if both.size:
+            raise UserError(f"Expected no sequence in both the training and the test part of split {name!r} of archive "
+                            f"'{self.name}'. Got {both.size} in both, '{self.sample_ids[both[0]]}' first; take each out of one "
+                            "of them.")
         return replace(self, splits={"train": train, "test": test}, info={**self.info, "split": name})
 
     def fold(self, k: int) -> Archive:
@@ -277,11 +286,16 @@ def _assemble(
     splits: dict[str, np.ndarray] = {}
     fields: dict[str, np.ndarray] = {}
     info = dict(meta.get("info", {}))
+    # Beside train, these are splits as well; elsewhere they are fields like any other.
+    parts = [key for key in ("test", "val") if "train" in arrays and key in arrays and arrays[key].dtype == bool
+             and arrays[key].shape == (count,)]
     for key, value in arrays.items():
         if key in ("keypoint", "score", "offset", "label", "label_names", "joint_names", "edges", "root"):
             continue
         if key == "train":
-            splits |= {"train": value, "test": ~value if value.dtype == bool else value}
+            splits |= {"train": value} if parts else {"train": value, "test": ~value if value.dtype == bool else value}
+        elif key in parts:
+            splits["test" if key == parts[0] else key] = value
         elif key.startswith("split_"):
             splits[key.removeprefix("split_")] = value
         elif value.ndim == 0 or key in _INFO:

@@ -33,6 +33,8 @@ class ArraysSource(Source):
         score_channel: the third channel is the confidence of a 2D joint.
         max_persons: persons kept per sequence; default: all.
         label_names: names of the classes; default: those of the source.
+        image: height and width of the image that 2D coordinates are in; (1, 1) if they are parts of it.
+        fps: frames per second.
 
     Without a split in the source every fifth sequence of each class becomes the test split.
 
@@ -41,10 +43,13 @@ class ArraysSource(Source):
     """
 
     def __init__(self, path: str | Path, layout: Any = None, order: str | None = None, score_channel: bool = False,
-                 max_persons: int | None = None, label_names: tuple[str, ...] = ()) -> None:
+                 max_persons: int | None = None, label_names: tuple[str, ...] = (), image: tuple[int, int] | None = None,
+                 fps: float | None = None) -> None:
         self.path = Path(path)
-        self.order, self.has_score = order, score_channel
-        _check_order(order)
+        self.order, self.has_score, self.image = order, score_channel, image
+        check_order(order)
+        if fps is not None and not 0 < fps < float("inf"):
+            raise UserError(f"Expected fps to be a positive number. Got {fps}.")
         content: dict[str, Any] = {}
         if self.path.is_dir():
             self.entries = self._from_folder()
@@ -67,14 +72,18 @@ class ArraysSource(Source):
         if len(channels) > 1:
             raise UserError(f"Expected all arrays of '{path}' to have the same C. Got {', '.join(map(str, sorted(channels)))}.")
         self.channels = channels.pop() - (1 if score_channel else 0)
+        if image is not None and self.channels != 2:
+            raise UserError(f"Expected image with arrays of 2D joints. Got C = {self.channels} in '{path}'; leave it out, or "
+                            "say with score_channel that the third is a confidence.")
         self.dtype = np.result_type(np.float16, *{np.dtype(kind) for _, _, kind in shapes})
-        self.info = {"source": self.path.name}
+        self.info = {"source": self.path.name} | ({} if fps is None else {"fps": fps})
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def fingerprint(self) -> str:
-        return repr((super().fingerprint(), self.order, [str(e.get("file", i)) for i, e in enumerate(self.entries)]))
+        files = [str(e.get("file", i)) for i, e in enumerate(self.entries)]
+        return repr((super().fingerprint(), self.order, self.image, files))
 
     def record(self, index: int) -> Record:
         entry = self.entries[index]
@@ -84,7 +93,8 @@ class ArraysSource(Source):
             keypoint = keypoint[..., :2]
         keypoint = keypoint[:, :self.num_persons]
         return Record(self._sample(index), self._label(entry, index), keypoint,
-                      None if score is None else score[:, :self.num_persons])
+                      None if score is None else score[:, :self.num_persons],
+                      {} if self.image is None else {"img_shape": list(self.image)})
 
     def splits(self, samples: np.ndarray, fields: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         part = np.array([str(entry.get("split", "")) for entry in self.entries])
@@ -202,7 +212,7 @@ def read_array(path: Path, order: str | None = None) -> np.ndarray | None:
     Raises:
         UserError: not an array of numbers with these axes; the message names the file.
     """
-    _check_order(order)
+    check_order(order)
     try:
         if path.suffix == ".npy":
             value = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -229,6 +239,6 @@ def _in_order(value: np.ndarray, order: str | None, where: str) -> np.ndarray:
     return value.transpose([order.index(axis) for axis in "TMVC"])
 
 
-def _check_order(order: str | None) -> None:
+def check_order(order: str | None) -> None:
     if order is not None and (set(order) not in ({"T", "V", "C"}, {"T", "M", "V", "C"}) or len(set(order)) != len(order)):
         raise UserError(f"Expected order to name the axes T, M, V and C once each, M if there is one. Got {order!r}.")

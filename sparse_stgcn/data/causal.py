@@ -70,8 +70,9 @@ class CausalPreparation:
             keypoint = keypoint[:, ~lost.any(axis=(0, 2))]
         elif policy == "interpolate":
             keypoint = np.where(lost[..., None], 0, keypoint)
-            if self._held is None or len(self._held) != len(keypoint):
+            if self._held is None:
                 self._held = np.zeros_like(keypoint[:, 0])
+            self._held = tf.format_persons(self._held, len(keypoint))
             for frame, gone in zip(keypoint.swapaxes(0, 1), lost.swapaxes(0, 1), strict=True):
                 there = (frame[..., :axes] != 0).any(axis=(1, 2))[:, None]  # nothing is held of a person who has left
                 frame[:] = np.where((gone & there)[..., None], self._held, frame)
@@ -83,7 +84,7 @@ class CausalPreparation:
         persons = self.preparation.num_person
         if self.flat:
             return tf.format_persons(keypoint, persons)
-        seen = (np.abs(keypoint) > 1e-8).any(axis=(2, 3))
+        seen = (np.abs(keypoint) > tf.SEEN).any(axis=(2, 3))
         if self._main is None and seen.any():
             self._main = int(seen[:, seen.any(axis=0).argmax()].argmax())
         if self._main is None or self._main >= len(keypoint):

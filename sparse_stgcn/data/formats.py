@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,22 @@ from .pyskl import PysklSource
 from .source import Source
 
 FORMATS = ("auto", "archive", "pyskl", "ctrgcn", "ntu", "kinetics", "k400", "arrays")
+# Format -> its reader, and which `Options` that takes.
+_READERS: dict[str, tuple[Callable[..., Source], tuple[str, ...]]] = {
+    "pyskl": (PysklSource, ("layout", "max_persons", "label_names")),
+    "ctrgcn": (CtrgcnSource, ("layout", "label_names")),
+    "ntu": (NtuRawSource, ("ignore", "label_names")),
+    "kinetics": (KineticsSource, ("layout", "max_persons", "label_names")),
+    "k400": (K400Source, ("poses", "layout", "max_persons", "label_names")),
+    "arrays": (ArraysSource, ("layout", "order", "score_channel", "max_persons", "label_names", "image", "fps")),
+}
+# An archive needs no reader; `Archive.open` takes its layout.
+TAKES = {"archive": ("layout",), **{kind: takes for kind, (_, takes) in _READERS.items()}}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a reader may be told; each takes what it knows.
+    """What a reader may be told; each takes what it knows (`TAKES`), the rest is without effect.
 
     Attributes:
         layout: skeleton, by name, file or mapping.
@@ -28,6 +40,7 @@ class Options:
         poses: folder of the pose files of a K400 pickle.
         ignore: list of NTU samples to leave out.
         order, score_channel: axes of plain arrays, and whether their third channel is a confidence.
+        image, fps: height and width of the image that plain arrays of 2D joints are in, and their frames per second.
     """
 
     layout: Any = None
@@ -37,6 +50,8 @@ class Options:
     ignore: str | None = None
     order: str | None = None
     score_channel: bool = False
+    image: tuple[int, int] | None = None
+    fps: float | None = None
 
 
 def detect(path: str | Path) -> str:
@@ -75,19 +90,9 @@ def open_source(path: str | Path, format: str = "auto", options: Options = Optio
     """A reader for `path`; "auto" looks at the names. Native archives and `.npz` files need none: `Archive.open`."""
     one_of("format", format, FORMATS)
     kind = detect(path) if format == "auto" else format
-    o = options
     if not Path(path).exists():
         raise UserError(f"Expected IN to be a file or folder. Got '{path}', which does not exist.")
-    if kind == "pyskl":
-        return PysklSource(path, o.layout, o.max_persons, o.label_names)
-    if kind == "k400":
-        return K400Source(path, o.poses, o.layout, o.max_persons, o.label_names)
-    if kind == "ctrgcn":
-        return CtrgcnSource(path, o.layout, o.label_names)
-    if kind == "ntu":
-        return NtuRawSource(path, o.ignore, o.label_names)
-    if kind == "kinetics":
-        return KineticsSource(path, o.layout, o.max_persons, o.label_names)
-    if kind == "arrays":
-        return ArraysSource(path, o.layout, o.order, o.score_channel, o.max_persons, o.label_names)
-    raise UserError(f"Expected a format that needs a reader. Got format={kind!r}; an archive is opened as it is.")
+    if kind not in _READERS:
+        raise UserError(f"Expected a format that needs a reader. Got format={kind!r}; an archive is opened as it is.")
+    reader, takes = _READERS[kind]
+    return reader(path, **{name: getattr(options, name) for name in takes})

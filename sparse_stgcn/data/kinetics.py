@@ -20,6 +20,7 @@ from .storage import one_line
 from .unpickle import load_pickle
 
 MAX_FRAMES = 1_000_000
+PARTS = ("train", "val", "test")
 
 
 class KineticsSource(Source):
@@ -27,7 +28,8 @@ class KineticsSource(Source):
 
     A file holds "data", a list of frames with "frame_index" and "skeleton", a list of persons with "pose" [x0, y0, x1,
     ...] in parts of the image and "score"; and "label_index". Persons have no identity there: in each frame those with
-    the greatest sum of scores come first, as in ST-GCN's feeder. Files without any person are left out.
+    the greatest sum of scores come first, as in ST-GCN's feeder. Files without any person are left out. The split of a file
+    is that of its own folder, which is kept in the field "folder".
 
     Raises:
         UserError: no such file in the folder, or a file is damaged; the message names it.
@@ -52,7 +54,7 @@ class KineticsSource(Source):
         return len(self.files)
 
     def fingerprint(self) -> str:
-        names = (len(self.files), self.files[0].name, self.files[-1].name)
+        names = (len(self.files), *(file.relative_to(self.path).as_posix() for file in (self.files[0], self.files[-1])))
         return repr((type(self).__name__, names, self.skeleton.to_dict(), self.num_persons))
 
     def record(self, index: int) -> Record | LeftOut:
@@ -74,16 +76,13 @@ class KineticsSource(Source):
         for at, pose in poses:
             out[at - first, :len(pose)] = pose
         out[out[..., 2] == 0] = 0
-        return Record(file.stem, label, out[..., :2], out[..., 2], {"img_shape": [1, 1]})
+        fields = {"img_shape": [1, 1], "folder": file.parent.relative_to(self.path).as_posix()}
+        return Record(file.stem, label, out[..., :2], out[..., 2], fields)
 
     def splits(self, samples: np.ndarray, fields: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        found = {}
-        for part in ("train", "val", "test"):
-            ids = [file.stem for file in self.files
-                   if any(part in folder.lower() for folder in file.relative_to(self.path).parts[:-1])]
-            if ids:
-                found[part] = np.isin(samples, ids)
-        return found
+        # Not by the names of the files: the same name may stand in two folders.
+        parts = [_parts_of(folder) for folder in fields["folder"].tolist()] if "folder" in fields else []
+        return {part: np.array([part in own for own in parts]) for part in PARTS if any(part in own for own in parts)}
 
     def _frame(self, frame: Any, number: int, file: Path) -> tuple[int, np.ndarray]:
         """(frame index, the best persons (m, V, 3))."""
@@ -227,6 +226,12 @@ def stack_detections(keypoint: np.ndarray, frame: np.ndarray, max_persons: int) 
         ranked = np.argsort(-out[..., 2].sum(axis=-1, dtype=np.float64), axis=1, kind="stable")
         out = np.take_along_axis(out, ranked[..., None, None], axis=1)[:, :max_persons]
     return out
+
+
+def _parts_of(folder: str) -> tuple[str, ...]:
+    """What the outermost folder that names a part names; below it a class may be called "testifying"."""
+    named = (tuple(part for part in PARTS if part in name) for name in folder.lower().split("/"))
+    return next((parts for parts in named if parts), ())
 
 
 def _vector(value: Any, count: int, kinds: str, what: str) -> np.ndarray:

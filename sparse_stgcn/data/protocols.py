@@ -62,7 +62,7 @@ def resolve_protocol(
         key = "" if "" in found else next(iter(found))
     else:
         key = protocol if protocol in found else PROTOCOLS.get(protocol, protocol)
-        key = "" if key == "train" else key
+        key = "" if key in ("train", "/".join(found.get("", ()))) else key
         # Both NTU sets have an "xsub"; only one of them has an "xview", the other an "xset".
         if protocol in _MARK and _MARK[protocol][1] in found and _MARK[protocol][0] not in found:
             key = protocol
@@ -72,4 +72,4 @@ def resolve_protocol(
     if not splits[train].any() or not splits[test].any():
         raise UserError(f"Expected sequences in both parts of split {key or 'train'!r} of archive '{name}'. Got "
                         f"{int(splits[train].sum())} for training and {int(splits[test].sum())} for testing.")
-    return key or "train", splits[train], splits[test]
+    return key or f"{train}/{test}", splits[train], splits[test]

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .transforms import format_persons
+
 __all__ = ["Resampler", "resample"]
 
 
@@ -18,7 +20,10 @@ def resample(keypoint: np.ndarray, ratio: float) -> np.ndarray:
 
 
 class Resampler:
-    """``resample`` of a sequence that comes in pieces: a frame is given out when the frames on both sides of it are there."""
+    """``resample`` of a sequence that comes in pieces: a frame is given out when the frames on both sides of it are there.
+
+    The number of persons may change from piece to piece: who is not in one of them is absent there.
+    """
 
     def __init__(self, ratio: float) -> None:
         self.ratio = ratio
@@ -30,8 +35,11 @@ class Resampler:
         if self.ratio == 1:
             return keypoint
         first = self._seen if self._last is None else self._seen - 1  # number of the first frame at hand
+        known = keypoint
+        if self._last is not None:
+            persons = max(len(self._last), len(keypoint))
+            known = np.concatenate([format_persons(part, persons) for part in (self._last, keypoint)], axis=1)
         self._seen += keypoint.shape[1]
-        known = keypoint if self._last is None else np.concatenate([self._last, keypoint], axis=1)
         self._last = known[:, -1:].copy()
         count = int((self._seen - 1) / self.ratio) + 1
         time = np.arange(self._made, max(count, self._made)) * self.ratio

@@ -10,8 +10,8 @@ import numpy as np
 
 from ..errors import UserError
 from ..skeleton import Skeleton
-from . import storage
 from .archive import Archive
+from .arrays import read_array
 from .ntu_raw import arrange, read_skeleton
 from .preparation import IMAGE
 from .pyskl import PysklSource
@@ -54,18 +54,19 @@ def find_files(paths: Sequence[str | Path]) -> Iterator[Path]:
             yield path
 
 
-def open_samples(path: Path, layout: Any = None) -> Samples:
+def open_samples(path: Path, layout: Any = None, order: str | None = None, image: tuple[float, float] = IMAGE) -> Samples:
     """The sequences of a file, none of them read yet.
 
     Args:
         path: of ``find_files``.
         layout: of the file, where it does not name it.
+        order, image: axes of plain arrays, default TMVC or TVC as in ``ArraysSource``, and the image that 2D joints are in.
 
     Raises:
         UserError: the file is damaged, or of no known kind.
     """
     if path.suffix == ".npy":
-        return [(path.stem, lambda: Sample(_array(path)))]
+        return [(path.stem, lambda: Sample(_array(path, order), image=image))]
     if path.suffix == ".skeleton":
         return [(path.stem, lambda: _skeleton_file(path))]
     if path.suffix in (".pkl", ".pickle"):
@@ -75,11 +76,11 @@ def open_samples(path: Path, layout: Any = None) -> Samples:
     raise UserError(f"Expected a file {', '.join(SUFFIXES)} or an archive. Got '{path}'.")
 
 
-def _array(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except storage.DAMAGED as error:
-        raise UserError(f"Expected '{path}' to be a readable array. Got: {storage.one_line(error)}.") from error
+def _array(path: Path, order: str | None) -> np.ndarray:
+    """The sequence of an .npy file as (M, T, V, C)."""
+    value = read_array(path, order)
+    assert value is not None  # as it is for lists of sequences, which are .json
+    return value.swapaxes(0, 1)
 
 
 def _skeleton_file(path: Path) -> Sample:

@@ -15,6 +15,7 @@ from ..errors import UserError
 
 Random = np.random.Generator | np.random.RandomState
 STREAMS = ("j", "b", "jm", "bm")
+SEEN = 1e-8  # a 3D coordinate up to this is 0 where the question is who is seen, as in PYSKL
 
 
 # ---- normalisation -------------------------------------------------------------------------------------------
@@ -31,13 +32,14 @@ def pre_normalize_3d(
     equals) and comes first; only the frames where that person is seen stay. Joint `centre` of the main person's
     first frame is subtracted from every joint that is not exactly (0, 0, 0). Then `spine` (bottom, top) of that
     frame is turned to +z and the line from shoulders[1] to shoulders[0] to +x; None leaves that turn out.
-    A clip of zeros is returned as it is. Without turns the dtype stays (float16 sums round), with them it is float64.
+    A clip in which nobody is seen (no coordinate is beyond 1e-8) becomes zeros, as long as it was. Without turns
+    the dtype stays (float16 sums round), with them it is float64.
 
     PYSKL's `PreNormalize3D` (pose_related.py) for one or two persons; the defaults are its NTU joints.
     """
-    if not keypoint.any():
-        return keypoint
-    seen = (np.abs(keypoint) > 1e-8).any(axis=(2, 3))
+    seen = (np.abs(keypoint) > SEEN).any(axis=(2, 3))
+    if not seen.any():
+        return np.zeros_like(keypoint)
     main = int(seen.sum(axis=1).argmax())
     keypoint = keypoint[:, seen[main]]
     if main:
@@ -337,8 +339,8 @@ def fill_missing(keypoint: np.ndarray, policy: str, axes: int = 3) -> np.ndarray
 
     `keep` changes nothing. `zero` sets joints that are not finite to 0. `interpolate` also draws a straight line
     in time through the frames where the joint was seen (held at both ends); a joint never seen, and a person who
-    is absent, stay 0. `drop` removes the frames with a missing joint; if that is all of them, those with the
-    fewest missing joints stay.
+    is absent, stay 0. `drop` removes the frames with a missing joint; if that is all frames in which somebody is
+    seen, those of them with the fewest missing joints stay.
     """
     if policy not in MISSING:
         raise UserError(f"Expected missing policy {', '.join(MISSING)}. Got missing={policy!r}.")
@@ -349,8 +351,9 @@ def fill_missing(keypoint: np.ndarray, policy: str, axes: int = 3) -> np.ndarray
         return keypoint
     out = np.where(lost[..., None], keypoint.dtype.type(0), keypoint)
     if policy == "drop":
-        count = lost.sum(axis=(0, 2))
-        return out[:, count == count.min()]
+        count, seen = lost.sum(axis=(0, 2)), (out[..., :axes] != 0).any(axis=(0, 2, 3))
+        # A frame without anybody misses no joint, and must not be all that is left of a person.
+        return out[:, count == (count[seen] if seen.any() else count).min()]
     if policy == "interpolate":
         present = (out[..., :axes] != 0).any(axis=(2, 3))
         frames = np.arange(keypoint.shape[1])

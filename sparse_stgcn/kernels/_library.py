@@ -44,11 +44,12 @@ class _WithLasso(torch.autograd.Function):
         return gradient + scale * values * masked[:, None, None], None, None
 
 
-def check_values(x: Tensor, values: Tensor, pattern: BlockPattern, bias: Tensor | None, bias_shape: tuple[int, ...]) -> None:
-    """Shapes, dtypes and devices of an op's arguments.
+def check_values(x: Tensor, values: Tensor, pattern: BlockPattern, bias: Tensor | None, bias_shape: tuple[int, ...],
+                 **others: Tensor | None) -> None:
+    """Shapes, dtypes and devices of an op's arguments; of ``others`` the devices.
 
     Raises:
-        ValueError: values or bias has another shape, or lies on another device than x.
+        ValueError: values or bias has another shape, or one of them lies on another device than x.
         TypeError: the dtypes differ.
     """
     if values.shape != pattern.values_shape:
@@ -58,9 +59,36 @@ def check_values(x: Tensor, values: Tensor, pattern: BlockPattern, bias: Tensor 
     for name, tensor in (("values", values), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"Expected {name} to have the dtype of x, {x.dtype}. Got {tensor.dtype}.")
-    for name, tensor in (("values", values), ("bias", bias), ("pattern", pattern.row_ptr)):
+    for name, tensor in (("values", values), ("bias", bias), ("pattern", pattern.row_ptr), *others.items()):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"Expected {name} on the device of x, {x.device}. Got {tensor.device}; use .to(x.device).")
+
+
+def check_lasso(lasso: Lasso | None, pattern: BlockPattern, x: Tensor) -> Lasso:
+    """The term as the ops take it, with flags side by side in memory; without one, ``Lasso(None, None)``.
+
+    Raises:
+        ValueError: not a flag for every block of the pattern, more than one scale, or either on another device than x.
+        TypeError: the flags are not bool.
+    """
+    if lasso is None or lasso.masked is None or lasso.scale is None:
+        return Lasso(None, None)
+    if tuple(lasso.masked.shape) != (pattern.num_blocks,) or lasso.scale.numel() != 1:
+        raise ValueError(f"Expected lasso.masked of shape ({pattern.num_blocks},), a flag for each block, and one lasso.scale. "
+                         f"Got shapes {tuple(lasso.masked.shape)} and {tuple(lasso.scale.shape)}.")
+    if lasso.masked.dtype != torch.bool:
+        raise TypeError(f"Expected lasso.masked to be a bool tensor. Got {lasso.masked.dtype}; use masked != 0.")
+    if {lasso.masked.device, lasso.scale.device} != {x.device}:
+        raise ValueError(f"Expected lasso.masked and lasso.scale on the device of x, {x.device}. Got {lasso.masked.device} and "
+                         f"{lasso.scale.device}; use .to(x.device).")
+    return Lasso(lasso.masked.contiguous(), lasso.scale)
+
+
+def check_plane(**tensors: Tensor) -> None:
+    """Raises ValueError: a tensor (..., T, V) has no frame or no joint. No sample and no channel are no error."""
+    for name, tensor in tensors.items():
+        if 0 in tensor.shape[-2:]:
+            raise ValueError(f"Expected {name} with at least one frame and one joint. Got shape {tuple(tensor.shape)}.")
 
 
 def implement(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _native
-from ._library import LIBRARY, check_values, implement
+from ._library import LIBRARY, check_plane, check_values, implement
 from .ctr_unit import pays
-from .dispatch import runs_natively, widened
+from .dispatch import beside, runs_natively, widened
 from .dynamic import aa_graph, addresses, check_graph, like, new
 from .pattern import BlockPattern
 from .temporal_conv import temporal_conv
@@ -46,7 +46,8 @@ def aa_unit_graph(x: Tensor, values: Tensor, pattern: BlockPattern, bias: Tensor
         raise ValueError("Expected A of shape (K, V, V) and pattern of shape (2 K R, I, 1). "
                          f"Got {tuple(A.shape)} and {pattern.shape}.")
     check_graph(A, (A.shape[0], x.shape[3], x.shape[3]), alpha=alpha)
-    x = widened(x)
+    check_plane(x=x)
+    x = beside(widened(x), values)
     check_values(x, values, pattern, bias, (outputs,))
     if not pays(pattern) or not runs_natively("aa_unit_graph", x):
         embedded = temporal_conv(x, values, pattern, bias).unflatten(1, (2, A.shape[0], -1))

@@ -5,7 +5,7 @@ doubles the memory of the layer; within ``again`` it stores how to make it.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,13 +15,27 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["again", "remember"]
 
-_recipes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a tensor -> what makes its values once more
+_recipes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a tensor -> its version then, and what makes its values once more
 
 
-def remember(y: Tensor, make: Callable[[], Tensor]) -> None:
-    """``make()`` gives the values of y, bit for bit, in a tensor of y's shape and strides: for :func:`again`."""
+def remember(y: Tensor, make: Callable[[], Tensor], inputs: Sequence[Tensor] = ()) -> None:
+    """``make()`` gives the values of y from ``inputs``, bit for bit, in a tensor of its shape and strides: for ``again``."""
     if y.requires_grad and not torch.compiler.is_compiling():
-        _recipes[y] = make
+        _recipes[y] = y._version, _Recipe(make, inputs)
+
+
+class _Recipe:
+    """What makes a tensor, as long as nothing that it reads was changed: autograd's own check sees saved tensors only."""
+
+    def __init__(self, make: Callable[[], Tensor], inputs: Sequence[Tensor]) -> None:
+        self.make, self.inputs = make, [(tensor, tensor._version) for tensor in inputs]
+
+    def __call__(self) -> Tensor:
+        for tensor, version in self.inputs:
+            if tensor._version != version:
+                raise RuntimeError("Expected the arguments of norm to be as they were in the forward pass. Got one of shape "
+                                   f"{tuple(tensor.shape)} that was changed in place; change it after the backward pass.")
+        return self.make()
 
 
 @contextmanager
@@ -30,8 +44,8 @@ def again(y: Tensor) -> Iterator[None]:
 
     It is made when the first of these ops asks, and dropped when each has asked once: in a backward pass they are neighbours.
     """
-    make = None if torch.compiler.is_compiling() else _recipes.get(y)
-    if make is None:
+    version, make = (None, None) if torch.compiler.is_compiling() else _recipes.get(y, (None, None))
+    if make is None or version != y._version:  # changed in place since: what made it gives other values
         yield
         return
     made, memory = _Made(make), y.untyped_storage().data_ptr()

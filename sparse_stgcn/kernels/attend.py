@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _native, reference_units
-from ._library import LIBRARY, implement
+from ._library import LIBRARY, check_plane, implement
 from ._memory import empty
 from .dispatch import backend_for
 
@@ -43,6 +43,7 @@ def attend(y: Tensor, joint_weight: Tensor, joint_bias: Tensor, frame_weight: Te
     parameters = (joint_weight, joint_bias, frame_weight, frame_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     if y.dim() != 4:
         raise ValueError(f"Expected y of shape (N, C, T, V). Got {tuple(y.shape)}.")
+    check_plane(y=y)
     for name, weight in (("joint_weight", joint_weight), ("frame_weight", frame_weight)):
         if weight.dim() != 3 or weight.shape[:2] != (1, y.shape[1]) or weight.shape[2] % 2 == 0:
             raise ValueError(f"Expected {name} of shape (1, {y.shape[1]}, an odd number). Got {tuple(weight.shape)}.")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _native, reference_dynamic
-from ._library import LIBRARY, implement
+from ._library import LIBRARY, check_plane, implement
 from ._memory import empty
 from .dispatch import backend_for, widened
 from .dynamic import addresses, check_graph, like, new, strides
@@ -52,7 +52,7 @@ def ctr_aggregate(x1: Tensor, x2: Tensor, x3: Tensor, conv4_weight: Tensor, conv
 
 
 def ctr_aggregate_sum(embedded: Tensor, wide: Tensor, conv4_weights: Sequence[Tensor], conv4_biases: Sequence[Tensor],
-                      alpha: Tensor, A: Tensor, conv4_patterns: Sequence[BlockPattern] | None = None) -> Tensor:
+                      alpha: Tensor, A: Tensor, conv4_patterns: Sequence[BlockPattern | None] | None = None) -> Tensor:
     """out[n,c,t,w] = sum over k, v of x3[n,k,c,t,v] G[n,k,c,v,w], with a graph of its own for every channel.
 
     G[n,k,c,v,w] = A[k,v,w] + alpha (b4_k[c] + sum over r of W4_k[c,r] tanh(x1[n,k,r,v] - x2[n,k,r,w])): the refined
@@ -65,7 +65,7 @@ def ctr_aggregate_sum(embedded: Tensor, wide: Tensor, conv4_weights: Sequence[Te
         conv4_biases: of each subset b4 (C,).
         alpha: one number.
         A: (K, V, V), the same for all samples and channels.
-        conv4_patterns: of shape (C, R, 1); subsets of different block sizes run one by one.
+        conv4_patterns: of shape (C, R, 1), None for a dense W4; subsets of different block sizes run one by one.
 
     Returns:
         (N, C, T, V), contiguous.
@@ -80,12 +80,12 @@ def ctr_aggregate_sum(embedded: Tensor, wide: Tensor, conv4_weights: Sequence[Te
     if wide.dim() != 5 or embedded.dim() != 5:
         raise ValueError("Expected embedded of shape (N, K, 2, R, V), wide of shape (N, K, C, T, V). "
                          f"Got {tuple(embedded.shape)} and {tuple(wide.shape)}.")
+    check_plane(wide=wide)
     subsets = wide.shape[1]
     patterns = check_subsets(embedded, tuple(wide.shape), conv4_weights, conv4_biases, alpha, A, conv4_patterns)
-    blocks = {pattern.block for pattern in patterns if pattern is not None}
-    if len(blocks) > 1:  # one by one
+    if not alike(patterns):  # one by one
         parts = [ctr_aggregate_sum(embedded[:, k:k + 1], wide[:, k:k + 1], conv4_weights[k:k + 1], conv4_biases[k:k + 1], alpha,
-                                   A[k:k + 1], patterns[k:k + 1]) for k in range(subsets)]  # type: ignore[arg-type]
+                                   A[k:k + 1], patterns[k:k + 1]) for k in range(subsets)]
         return reduce(add, parts)
     wide = widened(wide)
     embedded, wide, alpha, A = like(wide, embedded, wide, alpha, A)
@@ -99,7 +99,7 @@ def ctr_aggregate_sum(embedded: Tensor, wide: Tensor, conv4_weights: Sequence[Te
 
 
 def check_subsets(embedded: Tensor, wide: tuple[int, ...], weights: Sequence[Tensor], biases: Sequence[Tensor], alpha: Tensor,
-                  A: Tensor, patterns: Sequence[BlockPattern] | None) -> list[BlockPattern | None]:
+                  A: Tensor, patterns: Sequence[BlockPattern | None] | None) -> list[BlockPattern | None]:
     """The pattern of every subset, where the arguments fit x3 of shape ``wide`` (N, K, C, T, V).
 
     Raises:
@@ -123,6 +123,11 @@ def check_subsets(embedded: Tensor, wide: tuple[int, ...], weights: Sequence[Ten
                              f"Got {tuple(weight.shape)} and {tuple(bias.shape)}.")
     check_graph(A, (subsets, joints, joints), alpha=alpha)
     return found
+
+
+def alike(patterns: Sequence[BlockPattern | None]) -> bool:
+    """Whether one call takes all subsets: all dense, or all in blocks of one size."""
+    return len({None if pattern is None else pattern.block for pattern in patterns}) == 1
 
 
 def of_subsets(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], patterns: Sequence[BlockPattern | None]

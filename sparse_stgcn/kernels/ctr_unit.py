@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _native
-from ._library import LIBRARY, check_values, implement
+from ._library import LIBRARY, check_plane, check_values, implement
 from ._memory import empty
-from .ctr import check_subsets, ctr_aggregate_sum, of_subsets
-from .dispatch import runs_natively, widened
+from .ctr import alike, check_subsets, ctr_aggregate_sum, of_subsets
+from .dispatch import beside, runs_natively, widened
 from .dynamic import addresses, like, new, strides
 from .pattern import BlockPattern
 from .temporal_conv import temporal_conv
@@ -24,7 +24,7 @@ _ops = torch.ops.sparse_stgcn
 
 def ctr_unit(embedded: Tensor, x: Tensor, values: Tensor, pattern: BlockPattern, bias: Tensor | None,
              conv4_weights: Sequence[Tensor], conv4_biases: Sequence[Tensor], alpha: Tensor, A: Tensor,
-             conv4_patterns: Sequence[BlockPattern] | None = None) -> Tensor:
+             conv4_patterns: Sequence[BlockPattern | None] | None = None) -> Tensor:
     """``ctr_aggregate_sum`` of x3 = W3 x + b3, which exists for eight channels of a sample at a time, in both passes.
 
     out[n,c,t,w] = sum over k, v of (b3[k,c] + sum over i of W3[k,c,i] x[n,i,t,v]) G[n,k,c,v,w], G as in ``ctr_aggregate_sum``.
@@ -50,12 +50,12 @@ def ctr_unit(embedded: Tensor, x: Tensor, values: Tensor, pattern: BlockPattern,
     subsets, (outputs, _, taps) = embedded.shape[1], pattern.shape
     if taps != 1 or not subsets or outputs % subsets:
         raise ValueError(f"Expected pattern of shape (K C, I, 1), K = {subsets}. Got {pattern.shape}.")
-    x = widened(x)
+    check_plane(x=x)
+    x = beside(widened(x), values)
     check_values(x, values, pattern, bias, (outputs,))
     shape = (x.shape[0], subsets, outputs // subsets, *x.shape[2:])
     patterns = check_subsets(embedded, shape, conv4_weights, conv4_biases, alpha, A, conv4_patterns)
-    blocks = {p.block for p in patterns if p is not None}
-    if len(blocks) > 1 or not pays(pattern) or not runs_natively("ctr_unit", x):
+    if not alike(patterns) or not pays(pattern) or not runs_natively("ctr_unit", x):
         wide = temporal_conv(x, values, pattern, bias).unflatten(1, (subsets, -1))
         return ctr_aggregate_sum(embedded, wide, conv4_weights, conv4_biases, alpha, A, conv4_patterns)
     embedded, alpha, A = like(x, embedded, alpha, A)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .device import multiplies_in_tf32, on_its_device
+
 module: Any
 """The compiled module, or None; `reason` tells why."""
 
@@ -35,6 +37,10 @@ def missing() -> str | None:
         return f"built, but torch {torch.__version__} is a build without CUDA"
     if not torch.cuda.is_available():
         return "built, but torch sees no GPU"
+    try:  # the module has a runtime of its own, which may be newer than the driver that torch is content with
+        _device(torch.cuda.current_device())
+    except RuntimeError as error:
+        return f"built, but {error}"
     return None
 
 
@@ -75,6 +81,7 @@ def _device(index: int) -> Any:
     return module.Device(index)
 
 
+@on_its_device
 def temporal_conv(
     x: Tensor,
     values: Tensor,
@@ -102,7 +109,7 @@ def temporal_conv(
         row_ptr, input, tap: the pattern's index, on the device of x.
         shape, block: (O, I, K), (bo, bi).
         residual: (N, O, To, V) or None, added before the ReLU.
-        tf32: multiply float32 in TF32. None follows torch.get_float32_matmul_precision(): "highest" is IEEE float32.
+        tf32: multiply float32 in TF32. None: as torch's own products do, see torch.backends.cuda.matmul.fp32_precision.
 
     Returns:
         (N, O, ceil(T / stride), V), contiguous, of the dtype of x. Sums are float32 and rounded once.
@@ -123,6 +130,7 @@ def temporal_conv(
     return y
 
 
+@on_its_device
 def temporal_conv_input_gradient(
     dy: Tensor,
     values: Tensor,
@@ -154,6 +162,7 @@ def temporal_conv_input_gradient(
     return dx
 
 
+@on_its_device
 def temporal_conv_weight_gradient(
     x: Tensor,
     dy: Tensor,
@@ -190,11 +199,14 @@ def temporal_conv_weight_gradient(
 
 
 def bias_map(adjacency: Tensor, bias: Tensor) -> Tensor:
-    """What biases (K, O) add to y through the graph: sum over k, v of b_k[o] A_k[v,w]; (O, V), or (N, O, V)."""
-    spec = {3: "ko,kvw->ow", 4: "ko,nkvw->now", 5: "ko,nkovw->now"}[adjacency.dim()]
-    return torch.einsum(spec, bias.float(), adjacency.float())
+    """What biases (K, O) add to y through the graph: sum over k, v of b_k[o] A_k[v,w]; (O, V), or (N, O, V), in float32.
+
+    A product and a sum: a matrix product would be one of bfloat16 under autocast, or of TF32."""
+    arriving = adjacency.sum(-2, dtype=torch.float32)
+    return (bias.float()[:, :, None] * (arriving if adjacency.dim() == 5 else arriving[..., None, :])).sum(-3)
 
 
+@on_its_device
 def graph_conv(
     x: Tensor,
     values: Tensor,
@@ -222,7 +234,7 @@ def graph_conv(
         bias: (K, O) or None. scale, shift: (O,) or None. residual: (N, O, T, V) or None.
         row_ptr, input, tap: the pattern's index, on the device of x.
         shape, block: (O, I, K), (bo, bi).
-        tf32: multiply float32 in TF32. None follows torch.get_float32_matmul_precision(): "highest" is IEEE float32.
+        tf32: multiply float32 in TF32. None: as torch's own products do, see torch.backends.cuda.matmul.fp32_precision.
 
     Returns:
         (N, O, T, V), contiguous, of the dtype of x. Sums are float32; in 16 bits what is between the two products, X A_k or
@@ -235,7 +247,7 @@ def graph_conv(
     residual = None if residual is None else _planes(residual)
     launch = _prepare("GraphConv", "forward", x, shape, block, input, tf32, x.shape[2], adjacency.dim())
     y = x.new_empty((x.shape[0], shape[0], *x.shape[2:]))
-    added = None if bias is None else bias_map(adjacency, bias).contiguous()
+    added = None if bias is None else _float(bias_map(adjacency, bias))
     shift, scale, adjacency = _float(shift), _float(scale), adjacency.to(x.dtype)
     scratch, values = _scratch(launch, x), values.contiguous()
     launch.forward(
@@ -246,6 +258,7 @@ def graph_conv(
     return y
 
 
+@on_its_device
 def graph_conv_input_gradient(
     x: Tensor,
     dy: Tensor,
@@ -282,6 +295,7 @@ def graph_conv_input_gradient(
     return dx, dadjacency
 
 
+@on_its_device
 def graph_conv_weight_gradient(
     x: Tensor,
     dy: Tensor,
@@ -343,7 +357,7 @@ def _prepare(
     if why_not := unsupported(x.dtype):
         raise ValueError(f"Expected a dtype for which there is a CUDA kernel. Got: {why_not}.")
     arithmetic = _ARITHMETIC[x.dtype]
-    if arithmetic == "float32" and (tf32 or (tf32 is None and torch.get_float32_matmul_precision() != "highest")):
+    if arithmetic == "float32" and (multiplies_in_tf32() if tf32 is None else tf32):
         arithmetic = "tf32"
     launch = _launch(
         op, product, arithmetic, x.device.index or 0, x.shape[0], shape[1], frames, x.shape[3], shape[0], shape[2], *block,

@@ -180,7 +180,8 @@ def _forced() -> str | None:
 
 
 def _warn(op: str, choice: Choice) -> str:
-    if choice.fallback and choice.reason not in _warned:
+    # A warning breaks the graph of torch.compile; what is traced may warn when it runs uncompiled.
+    if choice.fallback and choice.reason not in _warned and not torch.compiler.is_compiling():
         _warned.add(choice.reason)
         warnings.warn(f"sparse_stgcn.{op} runs on the dense PyTorch reference: {choice.reason}.", stacklevel=4)
     return choice.backend
@@ -231,6 +232,16 @@ def widened(x: torch.Tensor) -> torch.Tensor:
     What autocast itself does with the ops that it keeps in float32.
     """
     return x.to(widened_dtype(x))
+
+
+def autocasts(x: torch.Tensor) -> bool:
+    """Whether autocast is on for the device of x."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # torch has no answer for "meta"
+
+
+def beside(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x in the dtype of ``weight`` where autocast made it narrower than the parameters: the kernels take one dtype for both."""
+    return x.to(weight.dtype) if x.dtype != weight.dtype and autocasts(x) else x
 
 
 def widened_dtype(x: torch.Tensor) -> torch.dtype:

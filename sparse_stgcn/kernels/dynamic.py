@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _native, reference_dynamic
-from ._library import LIBRARY, implement
+from ._library import LIBRARY, check_plane, implement
 from ._memory import empty
 from .dispatch import backend_for, widened
 
@@ -44,6 +44,7 @@ def aa_graph(embedded: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
     """
     if embedded.dim() != 6 or embedded.shape[1] != 2:
         raise ValueError(f"Expected embedded of shape (N, 2, K, R, T, V). Got {tuple(embedded.shape)}.")
+    check_plane(embedded=embedded)
     joints = embedded.shape[5]
     check_graph(A, (embedded.shape[2], joints, joints), alpha=alpha)
     embedded = widened(embedded)
@@ -88,6 +89,7 @@ def check_dg(x: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor, A: 
     if x.dim() != 5 or x1.shape != x2.shape or tuple(x1.shape) != (*x.shape[:3], x.shape[4]):
         raise ValueError("Expected x of shape (N, K, C, T, V), x1 and x2 of shape (N, K, C, V). "
                          f"Got {tuple(x.shape)}, {tuple(x1.shape)} and {tuple(x2.shape)}.")
+    check_plane(x=x)
     check_graph(A, (x.shape[1], x.shape[4], x.shape[4]), alpha=alpha, beta=beta)
 
 

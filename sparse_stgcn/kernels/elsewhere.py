@@ -24,9 +24,17 @@ class Stored:
     def __init__(self) -> None:
         self.memory = 0
         self.tensor: Tensor | None = None
+        self.version = 0
+
+    def keep(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # a result itself would refer to its op, and that to the result
+        self.version = tensor._version
 
     def get(self) -> Tensor:
         kept: Tensor = self.tensor  # type: ignore[assignment]  # packed before it is asked for
+        if kept._version != self.version:  # autograd's own check sees saved tensors only
+            raise RuntimeError("Expected the result of norm to be as it was in the forward pass. Got one of shape "
+                               f"{tuple(kept.shape)} that was changed in place; change it after the backward pass.")
         return kept if kept.is_contiguous() else empty(kept, kept.shape).copy_(kept)
 
 
@@ -41,7 +49,7 @@ def replaceable() -> Iterator[Stored]:
     def pack(tensor: Tensor) -> Any:
         if not stored.memory or tensor.data_ptr() != stored.memory:
             return tensor
-        stored.tensor = tensor.detach()  # the result itself would refer to its op, and that to the result
+        stored.keep(tensor)
         return stored
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.get() if isinstance(kept, Stored) else kept):
@@ -58,4 +66,4 @@ def stand_in(y: Tensor, other: Tensor) -> None:
     """``other`` has the values of y, bit for bit, and is stored anyway: it is kept in place of y, if y's op allows that."""
     stored = None if torch.compiler.is_compiling() else _stored.get(y)
     if stored is not None:
-        stored.tensor = other.detach()
+        stored.keep(other)

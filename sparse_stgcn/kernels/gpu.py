@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from math import prod
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import cuda, dispatch, preference, reference, triton
 from ._library import LIBRARY
+from .device import multiplies_in_tf32
 from .pattern import BlockPattern
 
 _CUDA_NAMES = {"forward": "forward", "dX": "input_gradient", "dW": "weight_gradient"}
@@ -23,11 +25,21 @@ _patterns: Any = WeakIdKeyDictionary()  # row_ptr -> BlockPattern
 
 
 def on_gpu(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a function as the kernel of ``sparse_stgcn::name`` for tensors on a GPU."""
+    """Registers a function as the kernel of ``sparse_stgcn::name`` for tensors on a GPU.
+
+    It runs without autocast: the result has the dtype of x, whatever computes it.
+    """
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        LIBRARY.impl(name, kernel, "CUDA")
-        return kernel
+        @wraps(kernel)
+        def alone(x: Tensor, *rest: Any) -> Any:
+            if not dispatch.autocasts(x):
+                return kernel(x, *rest)
+            with torch.autocast(x.device.type, enabled=False):
+                return kernel(x, *rest)
+
+        LIBRARY.impl(name, alone, "CUDA")
+        return alone
 
     return register
 
@@ -49,7 +61,7 @@ def pattern_of(row_ptr: Tensor, input: Tensor, tap: Tensor, shape: list[int], bl
 
 def _arithmetic(dtype: torch.dtype) -> str | None:
     name = preference.ARITHMETIC.get(dtype)
-    return "tf32" if name == "float32" and torch.get_float32_matmul_precision() != "highest" else name
+    return "tf32" if name == "float32" and multiplies_in_tf32() else name
 
 
 def _backend(op: str, direction: str, x: Tensor, index: tuple[Any, ...], frames: int, *more: int) -> str:

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _native, reference
-from ._library import LIBRARY, PATTERN_SCHEMA, Lasso, check_values, implement
+from ._library import LIBRARY, PATTERN_SCHEMA, Lasso, check_lasso, check_plane, check_values, implement
 from ._memory import empty
 from .adjacency_conv import adjacency_conv
 from .dispatch import backend_for
@@ -49,6 +49,7 @@ _supports: Any = WeakIdKeyDictionary()  # bool tensor -> (its version, Support):
 
 def support_of(adjacency: Tensor, support: Tensor | Support | None) -> Support:
     """The entries of a shared adjacency that may differ from 0, see ``graph_conv``."""
+    check_support(adjacency, support)
     if isinstance(support, Support):
         return support
     if support is None:
@@ -61,6 +62,30 @@ def support_of(adjacency: Tensor, support: Tensor | Support | None) -> Support:
         known = (support._version, Support.of(support))
         _supports[support] = known
     return known[1]
+
+
+def check_support(adjacency: Tensor, support: Tensor | Support | None) -> None:
+    """Raises ValueError: ``support`` is not of the adjacency's shape (K, V, V), or a tensor not bool or on another device."""
+    if support is None:
+        return
+    if adjacency.dim() != 3:
+        raise ValueError("Expected support=None, or a shared adjacency (K, V, V). "
+                         f"Got an adjacency of shape {tuple(adjacency.shape)}.")
+    if tuple(support.shape) != tuple(adjacency.shape) or (isinstance(support, Tensor) and support.dtype != torch.bool):
+        found = f"{support.dtype} {tuple(support.shape)}" if isinstance(support, Tensor) else f"a Support of {support.shape}"
+        raise ValueError(f"Expected support to be a bool tensor of adjacency's shape {tuple(adjacency.shape)}, or its Support. "
+                         f"Got {found}.")
+    if isinstance(support, Tensor) and support.device != adjacency.device:
+        raise ValueError(f"Expected support on the device of adjacency, {adjacency.device}. Got {support.device}; use "
+                         ".to(adjacency.device).")
+
+
+def inside(adjacency: Tensor, support: Tensor | Support | None) -> Tensor:
+    """A shared adjacency, 0 outside of its support: for what does not skip those entries."""
+    check_support(adjacency, support)
+    if support is None:
+        return adjacency
+    return adjacency * (support if isinstance(support, Tensor) else _mask(support, adjacency))
 
 
 def graph_conv(x: Tensor, values: Tensor, pattern: BlockPattern, adjacency: Tensor, bias: Tensor | None = None,
@@ -98,26 +123,25 @@ def graph_conv(x: Tensor, values: Tensor, pattern: BlockPattern, adjacency: Tens
                          f"K={subsets}, O={out_channels}, V={joints}. Got {tuple(adjacency.shape)}.")
     if adjacency.dtype != x.dtype:
         raise TypeError(f"Expected adjacency to have the dtype of x, {x.dtype}. Got {adjacency.dtype}.")
-    if isinstance(support, Tensor) and (support.dtype != torch.bool or support.shape != adjacency.shape):
-        raise ValueError(f"Expected support to be a bool tensor of adjacency's shape {tuple(adjacency.shape)}. "
-                         f"Got {support.dtype} {tuple(support.shape)}.")
-    check_values(x, values, pattern, bias, (subsets, out_channels))
+    check_support(adjacency, support)
+    check_plane(x=x)
+    check_values(x, values, pattern, bias, (subsets, out_channels), adjacency=adjacency, offset=offset)
+    term = check_lasso(lasso, pattern, x)
     if offset is not None and (tuple(offset.shape) != (out_channels,) or offset.dtype != x.dtype):
         raise ValueError(f"Expected offset of shape ({out_channels},) and dtype {x.dtype}. "
                          f"Got {tuple(offset.shape)}, {offset.dtype}.")
     backend = backend_for("graph_conv", x.device, x.dtype, adjacency.dim(), joints)
     if backend != "native":
-        if support is not None and adjacency.dim() == 3:
-            adjacency = adjacency * (support if isinstance(support, Tensor) else _mask(support, adjacency))
+        adjacency = inside(adjacency, support)
         if backend != "reference":
-            return adjacency_conv(x, values, pattern, adjacency, bias, offset, lasso)
-        y = reference.graph_conv(x, lasso.wrap(values) if lasso else values, pattern, adjacency, bias)
+            return adjacency_conv(x, values, pattern, adjacency, bias, offset, term)
+        y = reference.graph_conv(x, term.wrap(values), pattern, adjacency, bias)
         return y if offset is None else y + offset[:, None, None]
     # Gradients of what is small are float32 until the end too: they are rounded once.
     values, adjacency, bias = _native.wide(values), _native.wide(adjacency), None if bias is None else _native.wide(bias)
     of_joints = None if offset is None else _native.wide(offset)[:, None].expand(out_channels, joints)
     if adjacency.dim() == 4:
-        y = sample_graph_conv(x, values, pattern, adjacency, of_joints, lasso)
+        y = sample_graph_conv(x, values, pattern, adjacency, of_joints, term)
         if bias is None:
             return y
         # A product and a sum, not a matrix product: BLAS may split its sum differently for other thread counts.
@@ -126,7 +150,7 @@ def graph_conv(x: Tensor, values: Tensor, pattern: BlockPattern, adjacency: Tens
     if of_joints is not None:
         bias_map = of_joints if bias_map is None else bias_map + of_joints
     return _GraphConv.apply(x, values, coefficients, bias_map, pattern.row_ptr, pattern.input, pattern.tap, entries.ptr,
-                            entries.source, pattern.shape, pattern.block, *(lasso or Lasso(None, None)))
+                            entries.source, pattern.shape, pattern.block, *term)
 
 
 def prepare(adjacency: Tensor, bias: Tensor | None, support: Tensor | Support | None) -> tuple[Support, Tensor, Tensor | None]:
@@ -136,8 +160,8 @@ def prepare(adjacency: Tensor, bias: Tensor | None, support: Tensor | Support | 
     bias_map = None
     if bias is not None:
         # B[o,w] = sum_k b_k[o] sum_v A_k[v,w]: the bias passes through the adjacency, so it differs from joint to joint.
-        inside = adjacency.new_zeros(adjacency.numel()).index_put((entries.flat,), coefficients).view_as(adjacency)
-        bias_map = (bias[:, :, None] * inside.sum(1)[:, None, :]).sum(0)
+        whole = adjacency.new_zeros(adjacency.numel()).index_put((entries.flat,), coefficients).view_as(adjacency)
+        bias_map = (bias[:, :, None] * whole.sum(1)[:, None, :]).sum(0)
     return entries, coefficients, bias_map
 
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _native
-from ._library import LIBRARY, implement
+from ._library import LIBRARY, check_plane, implement
 from ._memory import empty
 from .dispatch import backend_for
-from .graph_conv import Support, support_of
+from .graph_conv import Support, check_support, inside, support_of
 
 
 def graph_product(x: Tensor, adjacency: Tensor, support: Tensor | Support | None = None) -> Tensor:
@@ -33,10 +33,11 @@ def graph_product(x: Tensor, adjacency: Tensor, support: Tensor | Support | None
             adjacency.dim() == 4 and adjacency.shape[0] != x.shape[0]):
         raise ValueError("Expected x of shape (N, I, T, V) and adjacency of shape (K, V, V) or (N, K, V, V). "
                          f"Got {tuple(x.shape)} and {tuple(adjacency.shape)}.")
+    check_plane(x=x)
+    check_support(adjacency, support)
     adjacency = adjacency.to(x.dtype)
     if backend_for("graph_product", x.device, x.dtype) == "reference":
-        if isinstance(support, Tensor):
-            adjacency = adjacency * support
+        adjacency = inside(adjacency, support)
         return torch.matmul(x.flatten(1, 2)[:, None], adjacency).unflatten(2, x.shape[1:3]).flatten(1, 2)
     if adjacency.dim() == 4:
         return _GraphProduct.apply(x, adjacency, None, None)

@@ -29,6 +29,7 @@ def group_lasso(weights: Sequence[Tensor], patterns: Sequence[BlockPattern], gro
 
     Raises:
         ValueError: the lists differ in length or a weight does not have its pattern's shape.
+        TypeError: the dtypes of the weights differ.
     """
     ids = list(range(len(weights))) if groups is None else list(groups)
     if not weights or not len(weights) == len(patterns) == len(ids):
@@ -37,6 +38,8 @@ def group_lasso(weights: Sequence[Tensor], patterns: Sequence[BlockPattern], gro
     for number, (weight, pattern) in enumerate(zip(weights, patterns, strict=True)):
         if tuple(weight.shape) != pattern.shape:
             raise ValueError(f"Expected weights[{number}] of its pattern's shape {pattern.shape}. Got {tuple(weight.shape)}.")
+        if weight.dtype != weights[0].dtype:
+            raise TypeError(f"Expected weights of one dtype, {weights[0].dtype}. Got {weight.dtype} in weights[{number}].")
     if backend_for("group_lasso", weights[0].device, weights[0].dtype) == "reference":
         return reference.group_lasso(weights, patterns, ids)
     members: dict[int, list[int]] = {}
@@ -103,9 +106,9 @@ def _fake_gradient(weight: Tensor, kept: Tensor, scale: Tensor) -> Tensor:
 
 @implement("lasso_gradient", _fake_gradient)
 def _gradient(weight: Tensor, kept: Tensor, scale: Tensor) -> Tensor:
-    gradient = torch.empty_like(weight)  # the strides of the weight
+    gradient = torch.empty_like(weight)  # the strides of the weight, unless its entries overlap or have gaps
     if gradient.stride() != weight.stride():
-        gradient = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype)
+        weight, gradient = weight.contiguous(), weight.new_empty(weight.shape)
     _native.module.lasso_gradient(weight.dtype == torch.float64, weight.shape, weight.data_ptr(), weight.stride(),
                                   kept.data_ptr(), float(scale), gradient.data_ptr())
     return gradient

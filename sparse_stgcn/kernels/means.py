@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _native, reference_units
-from ._library import LIBRARY, implement
+from ._library import LIBRARY, check_plane, implement
 from ._memory import empty
 from ._native import one_run, plane
 from .dispatch import runs_natively
@@ -38,7 +38,7 @@ def share(x: Tensor, count: int, mean: bool = False) -> tuple[Tensor, ...]:
         Aliases of x, which must not be changed in place.
 
     Raises:
-        ValueError: x has another number of dimensions, or count is out of range.
+        ValueError: x has another number of dimensions, no frame or no joint, or count is out of range.
     """
     _check(x, count)
     if not runs_natively("share", x):
@@ -57,7 +57,7 @@ def append_mean(x: Tensor, count: int = 1) -> tuple[Tensor, ...]:
         Aliases of one tensor (N, C, T, V + 1), which must not be changed in place.
 
     Raises:
-        ValueError: x has another number of dimensions, or count is out of range.
+        ValueError: x has another number of dimensions, no frame or no joint, or count is out of range.
     """
     _check(x, count)
     if not runs_natively("append_mean", x):
@@ -94,6 +94,7 @@ def spread_mean(xs: Sequence[Tensor], coef: Tensor) -> Tensor:
 def _check(x: Tensor, count: int) -> None:
     if x.dim() != 4:
         raise ValueError(f"Expected x of shape (N, C, T, V). Got {tuple(x.shape)}.")
+    check_plane(x=x)
     if not 1 <= count <= _MOST:
         raise ValueError(f"Expected count from 1 to {_MOST}. Got {count}.")
 

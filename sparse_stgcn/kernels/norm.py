@@ -72,8 +72,9 @@ def norm(xs: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float
         return y, mean, variance
     y, mean, rstd, variance = _Norm.apply(*arguments, None, *xs)
     if residual is None:
-        again = [x.detach() for x in xs], weight.detach(), bias.detach(), mean, rstd, relu_before or relu
-        remember(y, lambda: torch.ops.sparse_stgcn.norm_again(*again))
+        sources = [tensor.detach() for tensor in (*xs, weight, bias)]  # they share the versions of what they are views of
+        again = sources[:-2], *sources[-2:], mean, rstd, relu_before or relu
+        remember(y, lambda: torch.ops.sparse_stgcn.norm_again(*again), sources)
     return y, mean, variance
 
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -118,11 +120,11 @@ class BlockPattern:
     @property
     def rows(self) -> Tensor:
         """Block row of every block, int64 (nnz,)."""
-        if "rows" not in self._cache:
-            with torch.inference_mode(False):  # what is kept must serve training too
-                counts = (self.row_ptr[1:] - self.row_ptr[:-1]).long()
-                self._cache["rows"] = torch.repeat_interleave(torch.arange(counts.numel(), device=self.device), counts)
-        return self._cache["rows"]
+        def make() -> Tensor:
+            counts = (self.row_ptr[1:] - self.row_ptr[:-1]).long()
+            return torch.repeat_interleave(torch.arange(counts.numel(), device=self.device), counts)
+
+        return self._kept("rows", make)
 
     def blocks(self) -> Tensor:
         """Bool (G, H, K): True where a block lives."""
@@ -133,20 +135,16 @@ class BlockPattern:
 
     def mask(self) -> Tensor:
         """Bool (O, I, K): True where a weight is kept."""
-        if "mask" not in self._cache:
-            (o, i, _), (bo, bi) = self.shape, self.block
-            with torch.inference_mode(False):
-                full = self.blocks().repeat_interleave(bo, 0).repeat_interleave(bi, 1)
-                self._cache["mask"] = full[:o, :i].contiguous()
-        return self._cache["mask"]
+        (o, i, _), (bo, bi) = self.shape, self.block
+        return self._kept("mask", lambda: self.blocks().repeat_interleave(bo, 0).repeat_interleave(bi, 1)[:o, :i].contiguous())
 
     def inputs_read(self) -> Tensor | None:
         """Int32 (I,), 0 for every input that a live block reads and -1 for the others; None if all are read."""
-        if "read" not in self._cache:
-            with torch.inference_mode(False):
-                read = self.blocks().any(2).any(0).repeat_interleave(self.block[1])[:self.shape[1]]
-                self._cache["read"] = None if bool(read.all()) else read.int() - 1
-        return self._cache["read"]
+        def make() -> Tensor | None:
+            read = self.blocks().any(2).any(0).repeat_interleave(self.block[1])[:self.shape[1]]
+            return None if bool(read.all()) else read.int() - 1
+
+        return self._kept("read", make)
 
     def within(self, outer: BlockPattern) -> Tensor:
         """Int64 (nnz,): the position of each block among those of ``outer``, so that values = outer_values[position].
@@ -215,14 +213,24 @@ class BlockPattern:
 
     def _flat_index(self) -> Tensor:
         """Int64 (nnz, bi, bo): position of each stored entry in the flat dense weight, -1 beyond a ragged edge."""
-        if "flat" not in self._cache:
+        def make() -> Tensor:
             (o, i, k), (bo, bi), device = self.shape, self.block, self.device
-            with torch.inference_mode(False):
-                out = (self.rows * bo)[:, None, None] + torch.arange(bo, device=device)
-                inp = (self.input.long() * bi)[:, None, None] + torch.arange(bi, device=device)[:, None]
-                flat = (out * i + inp) * k + self.tap.long()[:, None, None]
-                self._cache["flat"] = flat.masked_fill((out >= o) | (inp >= i), -1)
-        return self._cache["flat"]
+            out = (self.rows * bo)[:, None, None] + torch.arange(bo, device=device)
+            inp = (self.input.long() * bi)[:, None, None] + torch.arange(bi, device=device)[:, None]
+            flat = (out * i + inp) * k + self.tap.long()[:, None, None]
+            return flat.masked_fill((out >= o) | (inp >= i), -1)
+
+        return self._kept("flat", make)
+
+    def _kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives, made once; but while torch.export traces, its tensors have no values and are not kept."""
+        if name in self._cache:
+            return self._cache[name]
+        with torch.inference_mode(False):  # what is kept must serve training too
+            made = make()
+        if made is None or type(made) is Tensor:
+            self._cache[name] = made
+        return made
 
     def __repr__(self) -> str:
         return (f"BlockPattern(shape={self.shape}, block={self.block}, blocks={self.num_blocks}, "

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _native, reference_units
-from ._library import LIBRARY, implement
+from ._library import LIBRARY, check_plane, implement
 from ._memory import empty
 from ._native import one_run, plane
 from .dispatch import backend_for
@@ -31,10 +31,11 @@ def max_pool(x: Tensor, stride: int = 1) -> Tensor:
     is never passed over, as in torch.
 
     Raises:
-        ValueError: x has another number of dimensions, or stride is below 1.
+        ValueError: x has another number of dimensions, no frame or no joint, or stride is below 1.
     """
     if x.dim() != 4:
         raise ValueError(f"Expected x of shape (N, C, T, V). Got {tuple(x.shape)}.")
+    check_plane(x=x)
     if stride < 1:
         raise ValueError(f"Expected stride of at least 1. Got {stride}.")
     if backend_for("max_pool", x.device, x.dtype) == "reference":

@@ -1,6 +1,8 @@
 """Convolutions with weights that stay: prepared once, for many calls of few frames each, without gradients."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +15,18 @@ from .pattern import BlockPattern
 __all__ = ["FixedGraphConv", "WindowConv"]
 
 
-class WindowConv:
+class _Prepared:
+    """What keeps addresses of its own tensors: a copy, or what was pickled, has other tensors and takes theirs."""
+
+    def _take_addresses(self) -> None:
+        raise NotImplementedError
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._take_addresses()
+
+
+class WindowConv(_Prepared):
     """The k x 1 convolution of whole windows of frames, without padding; which backend runs it is decided here, once.
 
     Y[n,o,t,v] = b[o] + sum over live (o,i,k) of W[o,i,k] X[n, i, t*stride + k*dilation, v], for frames t that were asked for.
@@ -39,6 +52,9 @@ class WindowConv:
         self.bias = None if bias is None else bias.contiguous()
         self._native = weight.dtype != torch.bfloat16 and runs_natively("temporal_conv", weight)
         self._sizes = _native.sizes(self.pattern.shape, self.pattern.block, self.pattern.num_blocks)
+        self._take_addresses()
+
+    def _take_addresses(self) -> None:
         self._index = _native.index(self.pattern.row_ptr, self.pattern.input, self.pattern.tap)
 
     @property
@@ -69,7 +85,7 @@ class WindowConv:
         return y
 
 
-class FixedGraphConv:
+class FixedGraphConv(_Prepared):
     """``graph_conv`` with one adjacency; which backend runs it is decided here, once.
 
     Y[n,o,t,w] = c[o] + sum over k, v of A_k[v,w] (b_k[o] + sum over i of W_k[o,i] X[n,i,t,v])
@@ -91,12 +107,16 @@ class FixedGraphConv:
         self._map = offset[:, None].expand(-1, joints).contiguous() if through is None else through + offset[:, None]
         self._native = weight.dtype != torch.bfloat16 and runs_natively("graph_conv", weight)
         self._sizes = _native.sizes(pattern.shape, pattern.block, pattern.num_blocks)
-        self._index = _native.index(pattern.row_ptr, pattern.input, pattern.tap)
+        self._take_addresses()
+
+    def _take_addresses(self) -> None:
+        self._index = _native.index(self.pattern.row_ptr, self.pattern.input, self.pattern.tap)
         self._graph = [self.support.ptr.data_ptr(), self.support.source.data_ptr()]
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (N, I, T, V), any strides -> (N, O, T, V), contiguous. Raises like ``graph_conv``."""
-        if not self._native or x.dtype != self.values.dtype or x.shape[1] != self.pattern.shape[1]:
+        fits = x.dim() == 4 and x.shape[2] > 0 and (x.shape[1], x.shape[3]) == (self.pattern.shape[1], self.adjacency.shape[1])
+        if not self._native or x.dtype != self.values.dtype or not fits:
             return graph_conv(x, self.values, self.pattern, self.adjacency, self.bias, self.support, offset=self.offset)
         batch, _, frames, joints = x.shape
         y = x.new_empty(batch, self.pattern.shape[0], frames, joints)

@@ -4,22 +4,48 @@ The formulas are in dynamic.py and ctr.py. Graphs are made as whole tensors; tho
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .dispatch import autocasts
 from .pattern import BlockPattern
 
 __all__ = ["aa_graph", "ctr_aggregate", "dg_aggregate"]
 
 
+def _in_float32(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The op without autocast, on arguments that are float32 where that made them narrower.
+
+    Autocast covers the forward pass alone: a backward pass that is written out would meet a gradient of another dtype than what
+    it has stored.
+    """
+
+    @wraps(op)
+    def run(x: Tensor, *others: Any, **options: Any) -> Tensor:
+        if not autocasts(x):
+            return op(x, *others, **options)
+        with torch.autocast(x.device.type, enabled=False):
+            return op(*(_widened(argument) for argument in (x, *others)), **options)
+
+    return run
+
+
+def _widened(argument: Any) -> Any:
+    return argument.float() if isinstance(argument, Tensor) and argument.dtype in (torch.bfloat16, torch.float16) else argument
+
+
+@_in_float32
 def aa_graph(embedded: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
     """Stored for the backward pass: embedded and a map for each graph."""
     rows = embedded.flatten(3, 4)  # (N, 2, K, R T, V)
     return A + alpha * torch.tanh(rows[:, 0].transpose(-1, -2) @ rows[:, 1] / rows.shape[3])
 
 
+@_in_float32
 def ctr_aggregate(x1: Tensor, x2: Tensor, x3: Tensor, conv4_weight: Tensor, conv4_bias: Tensor, alpha: Tensor,
                   A: Tensor, conv4_pattern: BlockPattern | None = None) -> Tensor:
     """Stored for the backward pass: the arguments. The maps (N, R, V, V) and the graphs (N, C, V, V) exist during a pass."""
@@ -27,6 +53,7 @@ def ctr_aggregate(x1: Tensor, x2: Tensor, x3: Tensor, conv4_weight: Tensor, conv
     return _CtrAggregate.apply(x1, x2, x3, weight, conv4_bias, alpha, A)
 
 
+@_in_float32
 def dg_aggregate(x: Tensor, x1: Tensor, x2: Tensor, alpha: Tensor, beta: Tensor, A: Tensor) -> Tensor:
     """Stored for the backward pass: the arguments. The graphs (N, K, C, V, V) exist during a pass."""
     return _DgAggregate.apply(x, x1, x2, alpha, beta, A)

@@ -64,14 +64,20 @@ class _Whole:
         self.taken.add(index)
         return self.part(index)
 
+    def _lies_in_place(self, gradient: Tensor | None, index: int) -> bool:
+        part = self.part(index)
+        return gradient is not None and gradient.data_ptr() == part.data_ptr() and gradient.stride() == part.stride()
+
     def collect(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """The whole gradient; what is not in its place yet is copied there."""
+        if any(not self._lies_in_place(gradients[index], index) for index in self.taken):
+            self.buffer = None  # what was written there was not for this pass (torch.autograd.grad of a slice), or is summed up
         last = 0
         for index, (gradient, (begin, end)) in enumerate(zip(gradients, self.spans, strict=True)):
             part = self.part(index)
             if gradient is None:
                 part.zero_()
-            elif gradient.data_ptr() != part.data_ptr() or gradient.stride() != part.stride():
+            elif not self._lies_in_place(gradient, index):
                 part.copy_(gradient)
             self.buffer[:, last:begin].zero_()  # type: ignore[index]  # part has made it
             last = end

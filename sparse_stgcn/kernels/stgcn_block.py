@@ -68,6 +68,7 @@ def stgcn_block(x: Tensor, graph: Normed, adjacency: Tensor, temporal: Normed, r
         raise ValueError(f"Expected x of shape (N, {in_channels}, T, V). Got {tuple(x.shape)}.")
     if temporal.pattern.shape[1] != out_channels:
         raise ValueError(f"Expected a temporal convolution of {out_channels} inputs. Got {temporal.pattern.shape[1]}.")
+    _check_weights(graph, adjacency, temporal, stride, dilation, x.shape[3])
     shape = (x.shape[0], temporal.pattern.shape[0], out_frames(x.shape[2], stride), x.shape[3])
     if identity and (residual is not None or shape != tuple(x.shape)):
         raise ValueError(f"Expected identity without another residual and with x of shape {shape}. Got x {tuple(x.shape)}.")
@@ -92,6 +93,22 @@ def stgcn_block(x: Tensor, graph: Normed, adjacency: Tensor, temporal: Normed, r
         temporal.weight, temporal.shift, [entries.ptr, entries.source, *indices], [*sizes, stride, dilation],
         [graph.eps, temporal.eps], identity)
     return out, Statistics(mean1, variance1), Statistics(mean2, variance2)
+
+
+def _check_weights(graph: Normed, adjacency: Tensor, temporal: Normed, stride: int, dilation: int, joints: int) -> None:
+    """What neither ``check_values`` nor the support of the adjacency looks at. Raises ValueError."""
+    wanted = (graph.pattern.shape[2], joints, joints)
+    if tuple(adjacency.shape) != wanted:
+        raise ValueError(f"Expected adjacency of shape (K, V, V) = {wanted}. Got {tuple(adjacency.shape)}.")
+    for name, part in (("graph", graph), ("temporal", temporal)):
+        channels = part.pattern.shape[:1]
+        if tuple(part.weight.shape) != channels or tuple(part.shift.shape) != channels:
+            raise ValueError(f"Expected {name}.weight and {name}.shift of shape {channels}. "
+                             f"Got {tuple(part.weight.shape)} and {tuple(part.shift.shape)}.")
+    if temporal.pattern.shape[2] % 2 == 0:
+        raise ValueError(f"Expected temporal.pattern with an odd number of taps. Got {temporal.pattern.shape[2]}.")
+    if stride < 1 or dilation < 1:
+        raise ValueError(f"Expected stride and dilation of at least 1. Got stride {stride}, dilation {dilation}.")
 
 
 class _Block(torch.autograd.Function):

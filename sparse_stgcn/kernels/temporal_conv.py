@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _native, reference
-from ._library import LIBRARY, PATTERN_SCHEMA, Lasso, check_values, implement
+from ._library import LIBRARY, PATTERN_SCHEMA, Lasso, check_lasso, check_plane, check_values, implement
 from ._memory import empty
 from .dispatch import backend_for
 from .pattern import BlockPattern
@@ -45,15 +45,17 @@ def temporal_conv(x: Tensor, values: Tensor, pattern: BlockPattern, bias: Tensor
         raise ValueError(f"Expected pattern with an odd number of taps. Got {taps}.")
     if stride < 1 or dilation < 1:
         raise ValueError(f"Expected stride and dilation of at least 1. Got stride {stride}, dilation {dilation}.")
+    check_plane(x=x)
     check_values(x, values, pattern, bias, (out_channels,))
+    term = check_lasso(lasso, pattern, x)
     backend = backend_for("temporal_conv", x.device, x.dtype)
     if backend == "reference":
-        return reference.temporal_conv(x, lasso.wrap(values) if lasso else values, pattern, bias, stride, dilation)
+        return reference.temporal_conv(x, term.wrap(values), pattern, bias, stride, dilation)
     if backend == "native":
         # Gradients of what is small are float32 until the end too: they are rounded once.
         values, bias = _native.wide(values), None if bias is None else _native.wide(bias)
     return _TemporalConv.apply(x, values, bias, pattern.row_ptr, pattern.input, pattern.tap, pattern.shape, pattern.block,
-                               stride, dilation, *(lasso or Lasso(None, None)))
+                               stride, dilation, *term)
 
 
 class _TemporalConv(torch.autograd.Function):

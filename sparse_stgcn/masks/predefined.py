@@ -25,6 +25,9 @@ def read(path: str | Path, layers: Sequence[Layer]) -> list[np.ndarray]:
     """
     source = Path(path)
     source = source / "model.safetensors" if source.is_dir() else source
+    if not source.exists():
+        raise FileNotFoundError(f"Expected file (--mask-file) to be a checkpoint, a work directory or an .npz of masks. Got "
+                                f"{source}, which does not exist.")
     found = _arrays(source) if source.suffix == ".npz" else _patterns(source)
     names = [layer.name for layer in layers]
     missing, unknown = sorted(set(names) - set(found)), sorted(set(found) - set(names))

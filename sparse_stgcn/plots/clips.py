@@ -9,7 +9,7 @@ import numpy as np
 
 from ..data.clip import Clip, turn
 from ..skeleton import Skeleton
-from .style import COLOURS, GREY, require, styled
+from .style import COLOURS, GREY, readable, require, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,7 +117,7 @@ def _draw(axes: Axes, clip: Clip, points: np.ndarray, limits: tuple[tuple[float,
 
 
 def _title(clip: Clip) -> str:
-    return f"{clip.name}: {clip.label}" if clip.label else clip.name
+    return readable(f"{clip.name}: {clip.label}" if clip.label else clip.name)
 
 
 def _legend(figure: Figure, clip: Clip, columns: int = 6) -> None:

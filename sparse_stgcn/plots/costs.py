@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from .style import GREY, MARKERS, canvas, styled
+from .style import GREY, MARKERS, canvas, readable, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,9 +63,10 @@ def pareto(points: Sequence[Point], cost: str, title: str = "") -> Figure:
     for group, marker in zip(dict.fromkeys(point.group for point in points), cycle(MARKERS), strict=False):
         mine = [point for point in points if point.group == group]
         axes.errorbar([p.cost for p in mine], [100 * p.accuracy for p in mine], [100 * p.deviation for p in mine],
-                      linestyle="none", marker=marker, capsize=3, label=group)
+                      linestyle="none", marker=marker, capsize=3, label=readable(group))
         for point in mine:
-            axes.annotate(point.name, (point.cost, 100 * point.accuracy), (4, 4), textcoords="offset points", fontsize=7)
+            axes.annotate(readable(point.name), (point.cost, 100 * point.accuracy), (4, 4), textcoords="offset points",
+                          fontsize=7)
     best = front(points)
     axes.step([p.cost for p in best], [100 * p.accuracy for p in best], where="post", color=GREY, linestyle="--", linewidth=1,
               zorder=0, label="no other is better in both")
@@ -74,7 +75,7 @@ def pareto(points: Sequence[Point], cost: str, title: str = "") -> Figure:
     axes.xaxis.set_major_formatter("{x:,g}")
     axes.xaxis.set_minor_formatter("")
     axes.margins(x=0.12)
-    axes.set_xlabel(cost)
+    axes.set_xlabel(readable(cost))
     axes.set_ylabel("top-1 accuracy (%)")
     axes.legend(fontsize="small", loc="lower right")
     return figure

@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from ..layers import SparseConv2d
-from ..sparsity import block_of, maskable_convs, stage, summary
+from ..sparsity import groups_of, maskable_convs, stage, summary
 from .style import COLOURS, GREY, MARKERS, canvas, styled
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def densities(model: nn.Module, title: str = "") -> Figure:
     figure, axes = canvas(title, size=(7, 3.4))
     kept, kinds = summary(model), np.array([kind(conv) for conv in maskable_convs(model).values()])
     layers = kept.layers
-    place, blocks = np.arange(len(layers)), [block_of(layer.name) for layer in layers]
+    place, blocks = np.arange(len(layers)), groups_of([layer.name for layer in layers])
     total = np.array([layer.total for layer in layers])
     percent = np.array([100 * layer.kept / layer.total for layer in layers])
     for name, colour, marker in zip(KINDS, COLOURS, MARKERS, strict=False):

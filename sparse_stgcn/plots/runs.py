@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from .style import GREY, MARKERS, canvas, styled
+from .style import GREY, MARKERS, canvas, readable, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,7 +33,7 @@ def lines(points: Points, x_label: str, y_label: str = "top-1 accuracy (%)", tit
         xs = sorted(line)
         means = [100 * statistics.fmean(line[x]) for x in xs]
         deviations = [100 * statistics.stdev(line[x]) if len(line[x]) > 1 else 0 for x in xs]
-        axes.errorbar([where[x] for x in xs], means, deviations, marker=marker, capsize=3, label=name)
+        axes.errorbar([where[x] for x in xs], means, deviations, marker=marker, capsize=3, label=readable(name))
     if dense:
         axes.axhline(100 * statistics.fmean(dense), color=GREY, linestyle="--", label="dense")
     axes.set_xticks(range(len(places)), [f"{x:g}" for x in places])
@@ -60,7 +60,7 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, Sequence[Any]]]], title
             if key == "masked_norm":  # the masked weights are gone after the warm-up
                 epochs = [e for e in epochs if all(run["stage"][e] == "warm-up" for run in runs)]
             axes.plot([e + 1 for e in epochs], [factor * statistics.fmean(run[key][e] for run in runs) for e in epochs],
-                      marker="." if len(epochs) < SPARSE else "", label=name)
+                      marker="." if len(epochs) < SPARSE else "", label=readable(name))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
@@ -80,7 +80,7 @@ def violins(max_probability: Mapping[str, Sequence[float]], title: str = "") -> 
                 axes.violinplot(values, [position], widths=0.8, showmedians=True)
             elif values:
                 axes.plot([position], values[:1], marker="_", markersize=20)
-        axes.set_xticks(range(len(names)), names)
+        axes.set_xticks(range(len(names)), [readable(name) for name in names])
         axes.set_ylim(0, limit)
         axes.set_ylabel("largest probability")
         axes.set_title(label)

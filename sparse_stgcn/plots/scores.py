@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from .style import canvas, styled
+from .style import canvas, readable, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,4 +71,5 @@ def hardest(counts: NDArray[np.int64], limit: int) -> list[int]:
 
 
 def _short(name: str) -> str:
+    name = readable(name)
     return name if len(name) <= LONGEST else name[:LONGEST - 1] + "…"

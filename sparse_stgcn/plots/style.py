@@ -1,6 +1,7 @@
 """How every figure looks: one style, colours that the colour-blind tell apart, and text that is never taken for a formula."""
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -11,12 +12,16 @@ from ..errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "GREY", "MARKERS", "canvas", "require", "save", "styled"]
+__all__ = ["COLOURS", "GREY", "MARKERS", "canvas", "readable", "require", "save", "styled"]
 
 # Okabe and Ito's palette (jfly.uni-koeln.de/color), without black and yellow, which vanish on dark or white paper.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#808080"
+
+# What has no glyph and no place in an SVG, which is XML: control characters but for tab and line ends, halves of surrogate
+# pairs, and two that are no characters.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -38,8 +43,13 @@ def canvas(title: str = "", rows: int = 1, columns: int = 1, size: tuple[float, 
     """A figure and its axes (one, a row or column of them, or an array (rows, columns)), ``size`` inches each."""
     figure = require()(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
     if title:
-        figure.suptitle(title)
+        figure.suptitle(readable(title))
     return figure, figure.subplots(rows, columns)
+
+
+def readable(text: object) -> str:
+    """``text`` as a figure or a page can show it: names come from data sets, and may have any character in them."""
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", str(text))
 
 
 @styled

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
+from ..plots.style import readable
+
 __all__ = ["Headline", "Image", "Page", "Player", "Section", "Table", "render"]
 
 
@@ -76,15 +78,15 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The HTML of the page: one file without any address but ``data:``."""
+    """The HTML of the page: one file without any address but ``data:``, in characters that a file can hold."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     assets = files(__package__) / "assets"
     template, style, script = ((assets / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "player.js"))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(
-        page=page, style=Markup(style), script=Markup(script), style_hash=_hash(style), script_hash=_hash(script))
+    return readable(environment.from_string(template).render(
+        page=page, style=Markup(style), script=Markup(script), style_hash=_hash(style), script_hash=_hash(script)))
 
 
 def _hash(text: str) -> str:

@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import plots
+from ..config import TrainConfig
 from ..errors import UserError
 from ..metrics import confusion_matrix
 from ..scores import Scores
 from ..sparsity import stage, summary
 from ..sweeps.collect import columns, confidence
+from ..work_dir import remedy
 from .figures import embedded
 from .page import Headline, Image, Page, Section, Table
 from .samples import archive_of, label_names, playback, telling
@@ -47,7 +49,8 @@ def build(work_dir: Path, samples: int = 16, megabytes: float = 4.0) -> Page:
     sections.append(Section("Configuration", [Table(("key", "value"), settings(result["config"]))], folded=True))
     sections.append(Section("Environment", [Table(("what", "value"), settings(result["environment"]))], folded=True))
     config = result["config"]
-    how = f"sparsity {config['sparsity']:g}, block {config['block']}" if config["sparsity"] else "dense"
+    level = TrainConfig(sparsity=config["sparsity"]).level
+    how = f"sparsity {level}, block {config['block']}" if config["sparsity"] else "dense"
     protocol = result["test"]["protocol"]
     return Page(f"{config['backbone']}, {how}", f"{protocol['data']}, split {protocol['split']}, stream {protocol['stream']}; "
                 f"{work_dir.name}", _headlines(result, scores), sections)
@@ -140,7 +143,7 @@ def _result(work_dir: Path) -> dict[str, Any]:
     for name in ("result.json", "model.safetensors", "scores.npz", "config.yaml"):
         if not (work_dir / name).is_file():
             raise UserError(f"Expected SOURCE to be the work directory of a finished run. Got {work_dir} without {name}; "
-                            f"finish the run with python -m sparse_stgcn.train --resume {work_dir}.")
+                            f"{remedy(work_dir, 'SOURCE')}")
     try:
         result = json.loads((work_dir / "result.json").read_text(encoding="utf-8"))
         missing = {"test", "one_clip", "weights", "file", "seconds", "environment", "config", "history"} - set(result)

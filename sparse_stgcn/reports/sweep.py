@@ -36,7 +36,7 @@ def build(path: Path, runs: Path | None = None, samples: int = 16, megabytes: fl
     """
     if not path.is_file():
         raise UserError(f"Expected SOURCE to be a work directory, or the results of a sweep. Got {path}, which does not exist.")
-    entries = read(path)
+    entries = [entry for entry in read(path) if not entry.get("former")]  # runs of another grid, which no table has either
     if not entries:
         raise UserError(f"Expected {path} to hold the results of a sweep. Got none yet.")
     points = tradeoff.points(entries, tradeoff.size)

@@ -20,7 +20,8 @@ def optimize(model: Recognizer | Ensemble, example: Tensor | None = None, engine
     Batch norm is folded into the live weights; graph and temporal convolutions run with bias, residual and ReLU at the store,
     one person per task, or one person on all threads where there are fewer persons than threads; persons that are entirely
     zero cost a copy. Weights are packed once per clip length (at the first call, or here with ``example``); later calls
-    allocate pooled features and logits only. Exact up to float32 rounding, and bit-equal whatever the batch and the threads.
+    allocate pooled features and logits only. Exact up to float32 rounding; what the fused program gives is bit-equal
+    whatever the batch and the threads. A NaN or an infinity among the joints or the weights gives NaN, as in the network.
 
     Of an Ensemble all members run as one call, which looks for absent persons once and spreads the persons of all members
     over the threads; the result is its probabilities.

@@ -12,15 +12,15 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..data.causal import CausalPreparation
-from ..data.preparation import IMAGE
+from ..data.preparation import IMAGE, with_score
 from ..data.resample import Resampler
 from ..errors import UserError
 from ..inputs import InputFormat
-from ..predictor import Prediction, open_network
+from ..predictor import Prediction, numbers, open_network
 from ..recognizer import Ensemble, Recognizer, mean_probability
 from .frames import SlidingMean
 from .network import StreamNetwork
-from .session import Session
+from .session import Session, as_sequence
 
 __all__ = ["StreamPredictor"]
 
@@ -114,15 +114,10 @@ class StreamPredictor(Session):
 
     def _frames(self, resampler: Resampler, frame: ArrayLike, score: ArrayLike | None) -> tuple[np.ndarray, np.ndarray | None]:
         """What a frame completes at the rate of the training: keypoint (M, T, V, C), score (M, T, V) or None."""
-        frame, score = np.asarray(frame), None if score is None else np.asarray(score)
-        if frame.ndim not in (2, 3):
-            raise UserError(f"Expected frame of shape (M, V, C) or (V, C). Got {frame.shape}.")
-        keypoint, confidence = self.inputs.array(frame[..., None, :, :], score=None if score is None else score[..., None, :],
-                                                 order=self._order)
-        keypoint, confidence = self.inputs.known(keypoint, confidence)
-        if confidence is None:
+        keypoint, confidence = as_sequence(self.inputs, frame, score, self._order)
+        if not self.inputs.flat:
             return resampler.push(keypoint), None
-        keypoint = resampler.push(np.concatenate([keypoint, confidence[..., None]], axis=-1))
+        keypoint = resampler.push(with_score(keypoint, confidence))  # frames with and without scores may alternate
         return keypoint[..., :2], keypoint[..., 2]
 
     def finish(self) -> Prediction | None:
@@ -142,5 +137,5 @@ class StreamPredictor(Session):
                 self._logits[index], new = network.head(mean.push(made[None])), True
         logits = [logit for logit in self._logits if logit is not None]
         if new and len(logits) == len(self._networks):
-            self._last = Prediction(mean_probability(logits)[0].numpy(), self.label_names)
+            self._last = Prediction(numbers(mean_probability(logits)[0].numpy()), self.label_names)
         return self._last

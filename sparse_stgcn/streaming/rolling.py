@@ -2,16 +2,18 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..data.preparation import IMAGE
+from ..data.preparation import IMAGE, with_score
+from ..data.transforms import format_persons
 from ..errors import UserError
 from ..predictor import Prediction, Predictor
-from .session import Session
+from .session import Session, as_sequence
 
 __all__ = ["RollingPredictor"]
 
@@ -40,8 +42,8 @@ class RollingPredictor(Session):
         window = inputs.preparation.clip_len if window is None else window
         if chunk < 1 or window < 1:
             raise UserError(f"Expected chunk and window of at least 1. Got {chunk} and {window}.")
-        inputs.order(layout)
-        self.predictor, self.window, self.chunk, self._given = predictor, window, chunk, (layout, fps, image)
+        self.predictor, self.window, self.chunk, self._given = predictor, window, chunk, (fps, image)
+        self._order = inputs.order(layout)
         self._frames: deque[tuple[np.ndarray, np.ndarray | None]] = deque(maxlen=max(1, round(window * inputs.ratio(fps))))
         self.reset()
 
@@ -53,14 +55,18 @@ class RollingPredictor(Session):
 
     def reset(self) -> None:
         self._frames.clear()
+        self._form: tuple[int, ...] | None = None  # V and C of the frames
         self._since = 0
         self._last: Prediction | None = None
 
     def push(self, frame: ArrayLike, score: ArrayLike | None = None) -> Prediction | None:
-        value, confidence = np.asarray(frame), None if score is None else np.asarray(score)
-        if value.ndim not in (2, 3) or (self._frames and value.shape != self._frames[-1][0].shape):
-            raise UserError(f"Expected frame of shape (M, V, C) or (V, C), the same for all. Got {value.shape}.")
-        self._frames.append((value, confidence))
+        shape = np.shape(frame)
+        if self._form not in (None, shape[-2:]):
+            raise UserError(f"Expected frame of shape (M, V, C) or (V, C), V and C the same for all. Got {shape} after "
+                            f"(V, C) = {self._form}; reset() begins another stream.")
+        # Checked before it is kept: a bad frame would spoil every prediction until it has left the window.
+        self._frames.append(as_sequence(self.predictor.inputs, frame, score, self._order))
+        self._form = shape[-2:]
         self._since += 1
         if self._since == self.chunk:
             self._predict()
@@ -73,9 +79,17 @@ class RollingPredictor(Session):
 
     def _predict(self) -> None:
         self._since = 0
-        keypoint = np.stack([value for value, _ in self._frames], axis=-3)
-        if not np.nan_to_num(keypoint).any():
-            return  # nobody is seen
-        scores = [score for _, score in self._frames if score is not None]
-        layout, fps, image = self._given
-        self._last = self.predictor(keypoint, layout, fps, np.stack(scores, axis=-2) if scores else None, image)
+        keypoint, score = _together([value for value, _ in self._frames]), None
+        if not self.predictor.inputs.seen(keypoint):
+            return
+        if any(own is not None for _, own in self._frames):
+            score = _together([with_score(value, own)[..., 2] for value, own in self._frames])
+        (fps, image), inputs = self._given, self.predictor.inputs
+        features = inputs.features(keypoint, None, fps, score, image, inputs.order(None))
+        self._last = self.predictor.predict_features([features])[0]
+
+
+def _together(frames: Sequence[np.ndarray]) -> np.ndarray:
+    """Frames (M, 1, ...) one after another; who is not in one of them is absent there."""
+    persons = max(map(len, frames))
+    return np.concatenate([format_persons(frame, persons) for frame in frames], axis=1)

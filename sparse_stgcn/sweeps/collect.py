@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ import numpy as np
 
 from .. import fusion
 from ..checkpoint import write_atomically
+from ..config import TrainConfig
 from ..errors import UserError
 from ..metrics import expected_calibration_error
 from ..scores import Scores
 from .grid import DENSE_ANYWAY, Combine, Grid, Run
-from .runner import status
+from .runner import data_name, status
 
 __all__ = ["Entry", "collect", "columns", "confidence", "matches", "read", "read_history", "recorded", "write"]
 
@@ -53,8 +53,7 @@ def collect(grid: Grid, root: Path, before: Sequence[Entry] = (), kept: Path | N
                 kept.mkdir(parents=True, exist_ok=True)
                 write_atomically(kept / f"{run.name}.npz", file.read_bytes())
         elif entry := recorded(run, before):
-            options = {key: value for key, value in run.config.to_dict().items() if key not in _LEFT_OUT}
-            made[run.name] = {**_current(entry), "config": {**options, **entry["config"]}}
+            made[run.name] = {**_current(entry), "config": _whole(entry["config"])}
             if needed and kept is not None and (kept / f"{run.name}.npz").exists():
                 combinable[run.name] = made[run.name]
                 scores[run.name] = _kept_scores(kept / f"{run.name}.npz", entry)
@@ -69,6 +68,14 @@ def collect(grid: Grid, root: Path, before: Sequence[Entry] = (), kept: Path | N
             made[entry["name"]] = _current(entry)
     former = [{**entry, "former": True} for entry in before if entry["name"] not in made]
     return [*sorted(made.values(), key=lambda entry: place.get(entry["name"], len(place))), *former]
+
+
+def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded configuration with every option that there is now.
+
+    What it does not name came after it, and did not change what the default is: an older version ran with that.
+    """
+    return {**{key: value for key, value in TrainConfig().to_dict().items() if key not in _LEFT_OUT}, **config}
 
 
 def _current(entry: Entry) -> Entry:
@@ -95,15 +102,11 @@ def matches(entry: Entry, wanted: Mapping[str, Any]) -> bool:
 
 
 def recorded(run: Run, entries: Sequence[Entry]) -> Entry | None:
-    """The entry of a run that was finished here or elsewhere, if its options are still those of the grid.
-
-    What an entry does not name came after it, and did not change what the default is: an older version ran with that.
-    """
-    wanted = {key: value for key, value in run.config.to_dict().items()
-              if value is not None and key not in (*_LEFT_OUT, "data")}
-    defaults = {field.name: field.default for field in fields(run.config)}
+    """The entry of a run that was finished here or elsewhere, if its options and its data set are still those of the grid."""
+    wanted = {key: value for key, value in run.config.to_dict().items() if value is not None and key not in _LEFT_OUT}
+    wanted["data"] = data_name(run.config.data)
     return next((e for e in entries if e["name"] == run.name and "members" not in e
-                 and all(e["config"].get(key, defaults[key]) == value for key, value in wanted.items())), None)
+                 and wanted.items() <= _whole(e["config"]).items()), None)
 
 
 def confidence(scores: Scores) -> dict[str, Any]:
@@ -172,9 +175,8 @@ def read(path: Path) -> list[Entry]:
 
 def _entry(run: Run, work_dir: Path) -> Entry:
     result = json.loads((work_dir / "result.json").read_text())
-    config = {key: value for key, value in result["config"].items() if key not in _LEFT_OUT}
-    if config["data"] is not None:
-        config["data"] = Path(config["data"]).name
+    config = _whole({key: value for key, value in result["config"].items() if key not in _LEFT_OUT})
+    config["data"] = data_name(config["data"])
     test = {key: result["test"][key] for key in ("top1", "top5", "mean_class", "samples")}
     return {"name": run.name, "config": config, "test": test,
             "confidence": confidence(Scores.load(work_dir / "scores.npz")),

@@ -6,7 +6,6 @@ runs, and two sweeps of one grid share the work.
 """
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -16,15 +15,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
 from ..config import TrainConfig
 from ..errors import UserError
+from ..options import read_mapping
+from ..work_dir import Lock, is_taken, take
 from .grid import Run
 
-__all__ = ["Machine", "Status", "check", "drive", "processors", "status"]
+__all__ = ["Machine", "Status", "check", "data_name", "drive", "processors", "status"]
 
 GRACE = 60.0  # seconds that a process has to end after an interrupt; it has nothing to write then
 # Where a run is computed is no part of what it is.
@@ -85,7 +86,7 @@ def status(run: Run, root: Path) -> Status:
         result = json.loads((work_dir / "result.json").read_text())
         return Status("finished", len(result["history"]), len(result["history"]), result["test"]["top1"])
     done, epochs = len(_history(work_dir)), _epochs(work_dir)
-    if _is_locked(work_dir / "lock"):
+    if is_taken(work_dir / "lock"):
         return Status("running", done, epochs)
     if (work_dir / "failed").exists():
         return Status("failed", done, epochs, error=(work_dir / "failed").read_text().strip())
@@ -96,7 +97,7 @@ def check(runs: Sequence[Run], machine: Machine) -> None:
     """Check, before anything is started, the data of all runs and that no directory belongs to another run.
 
     Raises:
-        UserError: data that do not exist, or a directory made with other options.
+        UserError: data that do not exist, or a directory made with other options or of another data set.
     """
     for archive in {machine.archive(run) for run in runs} - {None}:
         if not Path(str(archive)).exists():
@@ -105,12 +106,20 @@ def check(runs: Sequence[Run], machine: Machine) -> None:
     for run in runs:
         recorded = machine.root / run.name / "options.yaml"
         if recorded.exists():
-            there = TrainConfig.read(recorded)
+            given = read_mapping(recorded)
+            there = TrainConfig.from_mapping(given, recorded)
             changed = [f.name for f in fields(there) if f.name not in _FREE
                        and getattr(there, f.name) != getattr(run.config, f.name)]
+            # An older version did not write down the data set.
+            changed += ["data"] if "data" in given and data_name(there.data) != data_name(run.config.data) else []
             if changed:
                 raise UserError(f"Expected {recorded.parent} to hold a run of this grid. Got one with another "
                                 f"{', '.join(changed)}; move the directory away, or name another one with --runs.")
+
+
+def data_name(data: str | None) -> str | None:
+    """What tells a data set from another one: the name of its file, which may lie elsewhere on another machine."""
+    return None if data is None else Path(data).name
 
 
 def drive(runs: Sequence[Run], machine: Machine, seconds: float | None = None,
@@ -165,25 +174,26 @@ def processors() -> int:
 class _Process:
     """A running training."""
 
-    def __init__(self, run: Run, work_dir: Path, popen: subprocess.Popen[bytes], lock: IO[Any]) -> None:
+    def __init__(self, run: Run, work_dir: Path, popen: subprocess.Popen[bytes], lock: Lock) -> None:
         self.run, self.work_dir, self.popen, self.lock = run, work_dir, popen, lock
         self.seen, self.asked = len(_history(work_dir)), 0.0
 
     @classmethod
     def start(cls, run: Run, machine: Machine, command: Sequence[str]) -> _Process | None:
-        """Start it, or None if another process has the lock."""
+        """Start it, or None if another process has the lock, or has finished the run since the caller looked."""
         work_dir = machine.root / run.name
         work_dir.mkdir(parents=True, exist_ok=True)
-        lock = (work_dir / "lock").open("a")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
+        lock = take(work_dir / "lock")
+        if lock is None:
+            return None
+        if status(run, machine.root).state == "finished":
+            lock.release()
             return None
         (work_dir / "failed").unlink(missing_ok=True)
         if not (work_dir / "config.yaml").exists():
             options = {key: value for key, value in asdict(run.config).items()
                        if key not in _FREE and value is not None}
+            options["data"] = data_name(run.config.data)  # also None, the synthetic set; --data says where it is
             (work_dir / "options.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
         environment = {**os.environ, "OMP_NUM_THREADS": str(machine.threads)}
         with (work_dir / "train.log").open("ab") as log:
@@ -226,7 +236,7 @@ class _Process:
         self.close()
 
     def close(self) -> None:
-        self.lock.close()
+        self.lock.release()
 
     def conclude(self, code: int, root: Path) -> Status:
         """The state after the process has ended with ``code``; a failure is written down."""
@@ -253,14 +263,3 @@ def _epochs(work_dir: Path) -> int | None:
     """Epochs of a run that has begun."""
     recorded = work_dir / "config.yaml"
     return TrainConfig.read(recorded).epochs if recorded.exists() else None
-
-
-def _is_locked(path: Path) -> bool:
-    if not path.exists():
-        return False
-    with path.open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False

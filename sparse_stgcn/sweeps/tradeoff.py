@@ -16,7 +16,7 @@ from .grid import DENSE_ANYWAY
 __all__ = ["Results", "latency", "names", "points", "read_results", "size"]
 
 # What two runs of one network may differ in: they are averaged over these, and where they ran does not count.
-_AVERAGED = ("seed", "fold", "warmup_epochs", "work_dir", "device", "threads", "workers", "tensorboard")
+_AVERAGED = ("seed", "fold", "work_dir", "device", "threads", "workers", "tensorboard")
 
 _ROW = ("what", "subject", "batch", "threads", "sparsity", "block", "density", "seconds")  # what is read of a timing
 
@@ -41,22 +41,30 @@ class Results:
 def read_results(paths: Sequence[str | Path]) -> Results:
     """Results of sweeps (NAME.json), of runs (work directories or their result.json) and of benchmarks, in any mixture.
 
+    Entries of a sweep that are marked ``former`` are left out, as they are of its tables.
+
     Raises:
-        UserError: a file that is none of these.
+        UserError: a file that is none of these, or benchmarks of different persons, frames or processors.
     """
     results = Results()
+    first: Path | None = None
     for given in map(Path, paths):
         path = given / "result.json" if given.is_dir() else given
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if "entries" in content:
-                results.entries += [_checked(entry) for entry in content["entries"]]
+                results.entries += [_checked(entry) for entry in content["entries"] if not entry.get("former")]
             elif "rows" in content:
                 results.rows += [{key: row[key] for key in _ROW} for row in content["rows"]]
-                results.setting = {"persons": content["config"]["persons"], "frames": content["config"]["frames"],
-                                   "processor": content["environment"]["processor"]}
+                setting = {"persons": content["config"]["persons"], "frames": content["config"]["frames"],
+                           "processor": content["environment"]["processor"]}
+                first = first or path
+                results.setting = results.setting or setting
+                _same_setting(results.setting, setting, first, path)
             else:
                 results.entries.append(_checked({**content, "bytes": content["file"]["bytes"]}))
+        except UserError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"Expected {path} to hold results of sparse_stgcn.sweep, train or bench. Got: "
                             f"{' '.join(str(error).split())}.") from error
@@ -79,19 +87,26 @@ def names(entries: Sequence[Entry]) -> list[tuple[str, str]]:
     """(group, level) of each entry, equal for runs that differ in seed and fold only.
 
     The group is the backbone and the values of all else that differs between the entries; a dense run has none of what it
-    does not depend on. The level is the sparsity.
+    does not depend on, a combination none of what its members differ in. The level is the sparsity.
     """
     if not entries:
         return []
     varied = ["backbone", *(key for key in entries[0]["config"] if key not in ("backbone", "sparsity", *_AVERAGED)
-                            and len({str(entry["config"].get(key)) for entry in entries}) > 1)]
+                            and len({str(entry["config"].get(key)) for entry in entries if _has(entry, key)}) > 1)]
     found = []
     for entry in entries:
         config, level = entry["config"], entry["config"]["sparsity"]
-        values = [config.get(key) for key in varied if level != 0 or key not in DENSE_ANYWAY]
+        values = [config.get(key) for key in varied if _has(entry, key)]
         found.append((", ".join(str(value) for value in values if value is not None),
                       level if isinstance(level, str) else f"{level:g}" if level else "dense"))
     return found
+
+
+def _has(entry: Entry, key: str) -> bool:
+    """Whether the entry has one value of ``key``: a dense run has any of what it does not depend on."""
+    config = entry["config"]
+    mixed = "members" in entry and config.get(key) is None
+    return not mixed and (config["sparsity"] != 0 or key not in DENSE_ANYWAY)
 
 
 def size(entry: Entry) -> float:
@@ -126,6 +141,14 @@ def latency(results: Results, batch: int = 1) -> tuple[Cost, str]:
     setting = results.setting
     return milliseconds, (f"latency (ms per sample of {setting['persons']} x {setting['frames']} frames; batch {batch}, "
                           f"{threads} threads, {setting['processor']})")
+
+
+def _same_setting(first: Mapping[str, Any], other: Mapping[str, Any], first_path: Path, path: Path) -> None:
+    # One axis has the latencies of all: those of another machine or another input do not belong on it.
+    for key, value in first.items():
+        if other[key] != value:
+            raise UserError("Expected benchmarks of the same persons, frames and processor in one figure. Got "
+                            f"{key} {value} in {first_path} and {other[key]} in {path}; draw a figure of each.")
 
 
 def _checked(entry: Mapping[str, Any]) -> Entry:

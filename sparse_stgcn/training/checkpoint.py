@@ -2,8 +2,9 @@
 
 One safetensors file, replaced atomically: the network as ``sparse_stgcn.checkpoint`` packs it (prefix ``model.``), its average
 if there is one (``ema.``), each parameter's optimizer state (``optimizer.KEY.PARAMETER``), the random state of torch on the
-CPU and on each CUDA device, and in the metadata the next epoch, the history, where in the epoch the run is (``position``) and
-the SHA-256 of all of that (``sha256``). Order and augmentation are functions of (seed, epoch, index) and need no state.
+CPU and on each CUDA device, and in the metadata the next epoch, the history, where in the epoch the run is (``position``),
+which data it is trained on (``data``, see ``same_data``) and the SHA-256 of all of that (``sha256``). Order and augmentation
+are functions of (seed, epoch, index) and need no state.
 """
 from __future__ import annotations
 
@@ -25,12 +26,14 @@ Position = dict[str, float]
 
 
 def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int,
-               history: list[dict[str, Any]], position: Position | None = None, average: nn.Module | None = None) -> int:
+               history: list[dict[str, Any]], position: Position | None = None, average: nn.Module | None = None,
+               data: Mapping[str, Any] | None = None) -> int:
     """Write the state before epoch ``epoch`` (from 0), or inside it, and return the size of the file in bytes.
 
     Args:
         position: where in the epoch the run is, see ``loop.Totals``; None before its first step.
         average: the network of averaged weights, at the same stage.
+        data: what ``same_data.describe`` says of the archive.
     """
     packed, description = pack(model)
     tensors = {f"model.{name}": tensor for name, tensor in packed.items()}
@@ -46,7 +49,7 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, e
     if torch.cuda.is_available():
         for index, state in enumerate(torch.cuda.get_rng_state_all()):
             tensors[f"random.cuda.{index}"] = state
-    description |= {"epoch": epoch, "history": history, "position": position}
+    description |= {"epoch": epoch, "history": history, "position": position, "data": data}
     return write_tensors(path, tensors, {**description, "sha256": _digest(tensors, description)})
 
 

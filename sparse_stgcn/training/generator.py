@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import group_lasso
-from ..sparsity import block_of, compact_parameters, maskable_convs, stage
+from ..sparsity import compact_parameters, groups_of, maskable_convs, stage
 
 __all__ = ["TwoStage", "carry_state"]
 
@@ -52,9 +52,11 @@ class TwoStage:
         self.stage = {"dense": DENSE, "warmup": WARMUP, "compact": FINETUNE}[stage(self.model)]
         self._layers = {name: (conv, conv.pattern) for name, conv in maskable_convs(self.model).items()
                         if conv.pattern is not None}
-        labels = {"block": block_of, "tensor": lambda name: name, "global": lambda name: 0}[self.group]
-        ids: dict[object, int] = {}
-        self._groups = [ids.setdefault(labels(name), len(ids)) for name in self._layers]
+        self._blocks = groups_of(list(self._layers))
+        count = len(self._layers)
+        labels = {"block": self._blocks, "tensor": list(range(count)), "global": [0] * count}[self.group]
+        ids: dict[int, int] = {}
+        self._groups = [ids.setdefault(label, len(ids)) for label in labels]
 
     def begin_epoch(self, epoch: int, optimizer: torch.optim.Optimizer) -> bool:
         """Switch to stage 2 if ``epoch`` (from 0) is its first; True if it did.
@@ -100,7 +102,7 @@ class TwoStage:
         """2-norm of the masked weights of each network block, in order; empty outside the warm-up."""
         if self.stage != WARMUP:
             return []
-        norms = self._norms([block_of(name) for name in self._layers])
+        norms = self._norms(self._blocks)
         return [norms[block] for block in sorted(norms)]
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ third name before any of them moves, so that at every moment, and on a full disk
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +41,14 @@ class KeptStates:
     Args:
         folder: the work directory.
         keep: how many files stay.
+
+    Attributes:
+        goes_on: what a message tells the user to do to go on from them.
     """
 
     def __init__(self, folder: Path, keep: int = 1) -> None:
         self.folder, self.keep = folder, keep
+        self.goes_on = f"continue with --resume {folder}"
 
     def files(self) -> list[Path]:
         """Those that exist, the newest first."""
@@ -79,7 +83,7 @@ class KeptStates:
         return None, []
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, history: list[dict[str, Any]],
-             position: Position | None = None, average: nn.Module | None = None) -> None:
+             position: Position | None = None, average: nn.Module | None = None, data: Mapping[str, Any] | None = None) -> None:
         """Write a new file, see ``checkpoint.save_state``, and drop the oldest one.
 
         Raises:
@@ -87,7 +91,7 @@ class KeptStates:
         """
         new = self.folder / _NEXT
         with writing(self):
-            save_state(new, model, optimizer, epoch, history, position, average)
+            save_state(new, model, optimizer, epoch, history, position, average, data)
             names = [STATE, *(f"resume.{i}.safetensors" for i in range(1, self.keep))]
             for older, newer in zip(reversed(names[1:]), reversed(names[:-1]), strict=True):
                 if (self.folder / newer).exists():
@@ -119,4 +123,4 @@ def writing(states: KeptStates) -> Iterator[None]:
     except OSError as error:
         there = ", ".join(path.name for path in states.files()) or "no resume file yet"
         raise TrainingError(f"Expected {states.folder} to take another file. Got: {error.strerror or error}; make room, then "
-                            f"continue with --resume {states.folder}. Whole as before: {there}.") from error
+                            f"{states.goes_on}. Whole as before: {there}.") from error

@@ -26,6 +26,7 @@ from .generator import TwoStage
 from .kept import STATE, KeptStates, writing
 from .memory import keep_freed_memory
 from .report import Report
+from .same_data import describe
 from .step import Average, Step
 from .stop import StopRequest
 from .synced_norm import synchronise
@@ -103,6 +104,7 @@ class Trainer:
         self.loader = DataLoader(train_set, batch_sampler=self.batches, num_workers=self.workers,
                                  pin_memory=self.device.type == "cuda", generator=torch.Generator())
         self.states = None if work_dir is None else KeptStates(work_dir, config.keep)
+        self.data = None if work_dir is None else describe(train_set.archive)
         self.report = report or Report(self.epochs)
         self.history: list[dict[str, Any]] = []
         self.epoch, self.totals = 0, Totals()
@@ -255,13 +257,13 @@ class Trainer:
         if self.states is not None and self.world.first:
             average = None if self.average is None else self.average.module
             position = asdict(self.totals) if self.totals.step else None
-            self.states.save(self._trained(), self.optimizer, self.epoch, self.history, position, average)
+            self.states.save(self._trained(), self.optimizer, self.epoch, self.history, position, average, self.data)
 
     def _stop(self, saved: bool = False) -> None:
         if not saved:
             self._save()
         where = f"after step {self.totals.step} of epoch {self.epoch + 1}" if self.totals.step else f"after epoch {self.epoch}"
-        state = f"continue with --resume {self.work_dir}." if self.states is not None else "nothing was saved."
+        state = f"{self.states.goes_on}." if self.states is not None else "nothing was saved."
         raise Stopped(f"SIGTERM came; stopped {where}; {state}")
 
     def _saved(self) -> str:

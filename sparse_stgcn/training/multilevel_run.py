@@ -16,7 +16,8 @@ from ..ensemble import describe
 from ..errors import UserError, validating
 from ..scores import predict_all
 from ..sparsity import mask_layers, maskable_convs, summary
-from . import events, run
+from ..work_dir import Lock, occupy
+from . import events, run, same_data
 from .checkpoint import load_network
 from .distributed import World, launched
 from .kept import KeptStates
@@ -34,12 +35,13 @@ FILE = "ensemble.safetensors"
 
 @dataclass
 class MultiLevelRun:
-    """A run that is ready to train: everything in it has been checked."""
+    """A run that is ready to train: everything in it has been checked, and no other process continues it."""
 
     config: MultiLevelConfig
     archive: Archive
     trainer: MultiLevelTrainer
     work_dir: Path
+    lock: Lock | None = None
 
     @property
     def world(self) -> World:
@@ -86,6 +88,8 @@ class MultiLevelRun:
                    "environment": run.environment(torch.device(config.device or "cpu")), "config": config.to_dict(),
                    "history": trainer.history}
         run.write_json(self.work_dir / "result.json", result)
+        if self.lock is not None:
+            self.lock.release()
         return result
 
 
@@ -98,6 +102,7 @@ def prepare(config: MultiLevelConfig, report: Report | None = None) -> MultiLeve
     config.validate()
     if launched():
         raise UserError("Expected sparse_stgcn.multilevel in one process. Got several, from torchrun; start it without.")
+    lock = occupy(Path(config.resume)) if config.resume is not None else None
     archive = run.open_archive(config)
     full = run.resolve(config, archive)
     train_set = run.dataset(full, archive, "train", train=True)
@@ -108,6 +113,8 @@ def prepare(config: MultiLevelConfig, report: Report | None = None) -> MultiLeve
     run.set_up_torch(full)
     network: Any = run.network(full, archive)
     state, rejected = (None, []) if config.resume is None else KeptStates(Path(config.resume)).newest(network)
+    if state is not None:
+        same_data.check(state, archive, full.data)
     with validating():
         if full.init is not None and state is None:
             run.start_from(network, full.init)
@@ -116,15 +123,19 @@ def prepare(config: MultiLevelConfig, report: Report | None = None) -> MultiLeve
         if state is not None:
             network = trained(state, network.config, patterns, full)
         else:
+            network.to(full.device)
             for name, conv in maskable_convs(network).items():
                 conv.attach(patterns[full.sparsity][name])
     work_dir = Path(full.work_dir) if full.work_dir else run.new_work_dir(full, archive, "levels")
     if config.resume is None:
         run.create_work_dir(work_dir)
+        lock = occupy(work_dir, "--work-dir")
         full.work_dir = str(work_dir)
         full.write(work_dir / "config.yaml")
     trainer = MultiLevelTrainer(full, network, patterns, train_set, quick_test, work_dir, report, full.between,
                                 full.distillation, full.classifier == "own")
+    if trainer.states is not None:
+        trainer.states.goes_on = f"continue with python -m sparse_stgcn.multilevel --resume {work_dir}"
     for reason in rejected:
         trainer.report.line(f"resume    {reason}")
     if state is not None:
@@ -132,7 +143,7 @@ def prepare(config: MultiLevelConfig, report: Report | None = None) -> MultiLeve
             trainer.resume(state)
     if full.tensorboard:
         trainer.report.events = events.EventLog(work_dir / "tensorboard", trainer.history)
-    return MultiLevelRun(full, archive, trainer, work_dir)
+    return MultiLevelRun(full, archive, trainer, work_dir, lock)
 
 
 def trained(state: Path, expected: Mapping[str, Any], patterns: Mapping[float, Any], config: MultiLevelConfig) -> Any:

@@ -1,7 +1,6 @@
 """One training run from its configuration: what is checked and built first, and what is reported last."""
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import os
@@ -12,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Subset
@@ -28,7 +26,8 @@ from ..kernels import backends
 from ..recognizer import Recognizer
 from ..scores import Scores, joined, predict
 from ..sparsity import densify, sparsify, summary
-from . import auto_batch, events
+from ..work_dir import Lock, occupy
+from . import auto_batch, events, same_data
 from .auto import Automatic, Problem, verified
 from .checkpoint import load_model
 from .distributed import World
@@ -36,14 +35,15 @@ from .kept import KeptStates, writing
 from .loop import Trainer
 from .report import Report
 
-__all__ = ["Run", "network", "open_archive", "prepare", "start_from", "test_set", "times", "write_json", "write_results"]
+__all__ = ["Run", "network", "open_archive", "open_whole", "prepare", "start_from", "test_set", "times", "with_part",
+           "write_json", "write_results"]
 
 SYNTHETIC_SEED = 0  # the set is the same for every --seed, so that runs can be compared
 
 
 @dataclass
 class Run:
-    """A run that is ready to train: everything in it has been checked."""
+    """A run that is ready to train: everything in it has been checked, and no other process continues it."""
 
     config: TrainConfig
     archive: Archive
@@ -51,6 +51,7 @@ class Run:
     trainer: Trainer
     work_dir: Path
     world: World
+    lock: Lock | None = None
 
     def fit(self) -> None:
         """Train the epochs that are left."""
@@ -67,8 +68,11 @@ class Run:
             return {}
         with writing(KeptStates(self.work_dir)):
             seconds = {**times(self.trainer.history), "test": time.perf_counter() - start}
-            return write_results(self.work_dir, self.config, self.archive, self.trainer.network, scores, self.trainer.history,
-                                 seconds, self.world.size)
+            result = write_results(self.work_dir, self.config, self.archive, self.trainer.network, scores,
+                                   self.trainer.history, seconds, self.world.size)
+        if self.lock is not None:
+            self.lock.release()
+        return result
 
     def _test(self) -> Scores:
         dataset, trainer = test_set(self.config, self.archive), self.trainer
@@ -145,6 +149,7 @@ def prepare(config: TrainConfig, report: Report | None = None) -> Run:
     if config.automatic and world.size > 1:
         raise UserError(f"Expected --sparsity auto and --density auto in one process. Got {world.size}; train with the "
                         "densities that one process has chosen.")
+    lock = occupy(Path(config.resume)) if config.resume is not None and world.first else None
     archive = open_archive(config)
     full = resolve(config, archive)
     train_set = dataset(full, archive, "train", train=True)
@@ -169,11 +174,14 @@ def prepare(config: TrainConfig, report: Report | None = None) -> Run:
     device = world.device(full.device or "cpu")
     if full.auto_batch and config.resume is None:
         auto_batch.choose(full, config.batch_size, model.to(device), tuple(train_set[0][0].shape), len(train_set), world)
-    world.agree(configuration=full.to_dict(), data=fingerprint(archive), patterns=checkpoint.pattern_digest(model),
+    world.agree(configuration=full.to_dict(), data=same_data.fingerprint(archive), patterns=checkpoint.pattern_digest(model),
                 resume_file=state and state.name)
+    if state is not None:
+        same_data.check(state, archive, full.data)
     work_dir = world.gather(Path(full.work_dir) if full.work_dir else new_work_dir(full, archive))[0]
     if config.resume is None and world.first:
         create_work_dir(work_dir)
+        lock = occupy(work_dir, "--work-dir")
         full.work_dir = str(work_dir)
         full.write(work_dir / "config.yaml")
     full.work_dir = str(work_dir)
@@ -190,7 +198,7 @@ def prepare(config: TrainConfig, report: Report | None = None) -> Run:
     if full.tensorboard and world.first:
         trainer.report.events = events.EventLog(work_dir / "tensorboard", trainer.history)
     world.gather(None)  # the directory exists before any other process goes on
-    return Run(full, archive, model, trainer, work_dir, world)
+    return Run(full, archive, model, trainer, work_dir, world, lock)
 
 
 def automatic(config: TrainConfig, archive: Archive) -> Problem:
@@ -205,6 +213,16 @@ def open_archive(config: TrainConfig) -> Archive:
     Raises:
         UserError: it cannot be read, its parts do not fit together, or it has no such split.
     """
+    return with_part(open_whole(config), config)
+
+
+def with_part(archive: Archive, config: TrainConfig) -> Archive:
+    """The archive with the split or fold that ``config`` names as "train" and "test". Raises UserError where it has none."""
+    return archive.with_split(config.split) if config.fold is None else archive.fold(config.fold)
+
+
+def open_whole(config: TrainConfig) -> Archive:
+    """The archive of ``config.data`` with all its splits, or the synthetic set; raises like :func:`open_archive`."""
     from ..skeleton import Skeleton
 
     if config.data is None:
@@ -218,15 +236,7 @@ def open_archive(config: TrainConfig) -> Archive:
                             f"make one with python -m sparse_stgcn.convert {config.data} OUT.")
         with validating("--data"):
             archive = Archive.open(config.data, config.layout)
-    return archive.with_split(config.split) if config.fold is None else archive.fold(config.fold)
-
-
-def fingerprint(archive: Archive) -> str:
-    """SHA-256 of which sequences there are: lengths, labels and splits."""
-    digest = hashlib.sha256()
-    for array in (archive.offset, archive.label, archive.train):
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
+    return archive
 
 
 def resolve(config: T, archive: Archive) -> T:

@@ -86,7 +86,7 @@ class Lottery:
         base: the resolved configuration of a run; data, network and schedule are its own.
         pretrained: checkpoint of a dense network for ``init="pretrained"``, or None.
         recipe: see ``Recipe``.
-        folder: where ``lottery.json`` and the state of each point go; it is created with the first point.
+        folder: where ``lottery.json`` and the state of each point go; ``run`` creates it.
         report: makes the report of a training of so many epochs.
 
     Raises:
@@ -127,6 +127,9 @@ class Lottery:
         run.set_up_torch(self.base)
         if self.pretrained is not None and self.result["pretrained"]["test"] is None:
             self.result["pretrained"]["test"] = self._test(self._initial("pretrained", self.base.seed))
+        # What the experiment is stands on the disk before any state does: no other one goes on with the states of this one.
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write()
         for seed, method, init in itertools.product(seeds, methods, inits):
             missing = [s for s in sorted(set(sparsities)) if self.point(method, init, s, seed) is None]
             if method == "iterative" and missing:
@@ -163,7 +166,10 @@ class Lottery:
         trained, rewind = folder / "model.safetensors", folder / "rewind.safetensors"
         if not trained.exists():
             trainer = self._trainer(self._config(seed, 0.0), folder, lambda: self._initial(init, seed))
-            if trainer.epoch <= early:
+            if not rewind.exists():  # it is written as a whole; a state inside epoch ``early`` has later weights already
+                if (trainer.epoch, trainer.totals.step) > (early, 0):
+                    raise UserError(f"Expected {rewind} beside the states of a training that is past epoch {early}. Got none; "
+                                    f"remove {folder}, so that it begins again.")
                 trainer.fit(until=early)
                 checkpoint.save(trainer.model, rewind)
             trainer.fit()
@@ -221,6 +227,8 @@ class Lottery:
         self.train_set.seed = config.seed
         trainer = Trainer(config, model.to(config.device), self.train_set, self.quick_test, folder,
                           self.report(self.base.epochs or 1))
+        if trainer.states is not None:
+            trainer.states.goes_on = "repeat the command, which goes on from here"
         trainer.report.line(f"{folder.relative_to(self.folder)}")
         for reason in rejected:
             trainer.report.line(str(reason))

@@ -253,7 +253,8 @@ def broken(mutant: Mutant, folder: Path) -> dict[str, ModuleType]:
         text = source[name]
         for other in MODULES:
             text = text.replace(f"from .{other} import", f"from mutants.{other} import")
-        file.write_text(text.replace("from . import", "from sparse_stgcn.kernels.triton import"))
+        text = text.replace("from . import", "from sparse_stgcn.kernels.triton import")
+        file.write_text(text.replace("from ..", "from sparse_stgcn.kernels."))
         spec = importlib.util.spec_from_file_location(f"mutants.{name}", file)
         assert spec is not None
         assert spec.loader is not None

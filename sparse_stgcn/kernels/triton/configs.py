@@ -45,6 +45,9 @@ FAMILIES = {80: "ampere", 90: "hopper", 100: "blackwell"}
 
 ARITHMETIC = ("float32", "tf32", "half")
 
+DEPTH = 16
+"""The least number of terms of a product, K of tl.dot: Triton 3.6 and 3.7 take no fewer, of whatever dtype."""
+
 ROWS = (8, 16, 32, 64)
 """Output channels of a block that the matrix unit takes as they are."""
 
@@ -122,7 +125,7 @@ GRAPH_CONV_PER_CHANNEL: dict[str, GraphConfig] = {
     "graph_conv_forward": GraphConfig(8, 16, 16, 8, 2),
     "graph_conv_dx": GraphConfig(8, 8, 16, 8, 2),
     "graph_conv_dw": GraphConfig(8, 4, 16, 8, 1),
-    "graph_conv_dadjacency": GraphConfig(8, 8, 16, 8, 2),
+    "graph_conv_dadjacency": GraphConfig(8, 16, 16, 8, 1),
 }
 """kernel -> tile, for an adjacency per channel and 32 joints: 8 matrices at once leave no registers for 64 joints."""
 

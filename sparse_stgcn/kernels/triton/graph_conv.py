@@ -21,13 +21,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device import on_its_device
 from . import configs
 from .launch import (
     arithmetic_of,
     capability_of,
     epilogue,
     new_frames,
-    on_its_device,
     precisions,
     readable,
     refuse,
@@ -173,7 +173,7 @@ def graph_conv(
         row_ptr, input, tap: the pattern's index, on the device of x.
         shape, block: (O, I, K), (bo, bi).
         padded: return a view with frames at multiples of 16 bytes, which a following temporal_conv reads faster.
-        tf32: multiply float32 in TF32. None follows torch.get_float32_matmul_precision(): "highest" is IEEE float32.
+        tf32: multiply float32 in TF32. None: as torch's own products do, see torch.backends.cuda.matmul.fp32_precision.
 
     Returns:
         (N, O, T, V), of the dtype of x, contiguous unless `padded`.

@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device import on_its_device
 from . import configs
 from .graph_conv import hidden_rows, joints_of
 from .graph_conv_backward import load_rows
-from .launch import arithmetic_of, capability_of, on_its_device, precisions, readable, refuse, strides, sum_parts, unsupported
+from .launch import arithmetic_of, capability_of, precisions, readable, refuse, strides, sum_parts, unsupported
 from .plan import plan_of
 
 

@@ -22,13 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device import on_its_device
 from . import configs
 from .graph_conv import adjacency_strides, joints_of, through_graph, to_pixels, to_rows
 from .launch import (
     arithmetic_of,
     capability_of,
     epilogue,
-    on_its_device,
     precisions,
     readable,
     refuse,
@@ -73,18 +73,22 @@ def graph_conv_dx_kernel(
         at_a = n * a_n + k * a_k
         if PER_CHANNEL:
             for step in range(begin * (BO // ROWS), end * (BO // ROWS)):
-                entry, r = step // (BO // ROWS), step % (BO // ROWS) * ROWS + tl.arange(0, ROWS)
-                first = tl.load(entry_row + entry) * BO + step % (BO // ROWS) * ROWS
+                entry, within = step // (BO // ROWS), step % (BO // ROWS) * ROWS
+                first = tl.load(entry_row + entry) * BO + within
                 o = first + tl.arange(0, FRAMES * ROWS) % ROWS
                 rows = load_rows(dy, n * d_n * ALIGN, first_frame, d_c * ALIGN, d_t * ALIGN, d_v, o, O, T, V,
                                  units * ALIGN, FRAMES, ROWS, JOINTS)  # fmt: skip
                 rows = through_graph(rows, adjacency + at_a, a_w, a_v, a_o, first + tl.arange(0, ROWS), O, V, V,
                                      FRAMES, ROWS, JOINTS, True, GRAPH_PRECISION)  # fmt: skip
-                at_slot = column.to(tl.int64)[None, :] + entry * COLUMNS + r[:, None] * 0
-                slot = tl.load(entry_slot + at_slot, mask=(r < BO)[:, None], other=-1)
-                w = tl.load(weights + (slot.to(tl.int64) * BO + r[:, None]), mask=slot >= 0, other=0.0)
-                pixels = tl.dot(to_pixels(rows, FRAMES, ROWS, JOINTS), w.to(tl.float32), pixels,
-                                input_precision=GRAPH_PRECISION)  # fmt: skip
+                # A product takes at least 16 terms (configs.DEPTH), the registers 8 adjacencies: every other term is 0.
+                hidden = to_pixels(rows, FRAMES, ROWS, JOINTS)
+                hidden = tl.reshape(tl.join(hidden, tl.zeros_like(hidden)), (FRAMES * JOINTS, 2 * ROWS))
+                term = tl.arange(0, 2 * ROWS)
+                at_slot = column.to(tl.int64)[None, :] + entry * COLUMNS + term[:, None] * 0
+                slot = tl.load(entry_slot + at_slot, mask=(term % 2 == 0)[:, None], other=-1)
+                at_w = slot.to(tl.int64) * BO + (within + term // 2)[:, None]
+                w = tl.load(weights + at_w, mask=slot >= 0, other=0.0)
+                pixels = tl.dot(hidden, w.to(tl.float32), pixels, input_precision=GRAPH_PRECISION)
         elif begin < end:
             p = tl.arange(0, FRAMES * JOINTS)
             t, v = first_frame + p // JOINTS, p % JOINTS

@@ -9,32 +9,15 @@ copied them, which moves more bytes than it saves unless every row is read sever
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, TypeVar, cast
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device import multiplies_in_tf32
 from . import configs
 
 ARITHMETIC = {torch.float32: "float32", torch.bfloat16: "half", torch.float16: "half"}
-
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def on_its_device(function: _Function) -> _Function:
-    """Launches on the GPU that the first argument lies on, whichever is the current one."""
-
-    @wraps(function)
-    def call(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.cuda.device_of(first):
-            return function(first, *args, **kwargs)
-
-    return cast(_Function, call)
 
 
 def unsupported(dtype: torch.dtype, vertices: int = 1, adjacency_dims: int = 3) -> str | None:
@@ -56,9 +39,7 @@ def refuse(why_not: str | None) -> None:
 def arithmetic_of(dtype: torch.dtype, tf32: bool | None) -> str:
     """The table's name of the arithmetic: "float32", "tf32" or "half"."""
     arithmetic = ARITHMETIC[dtype]
-    if arithmetic == "float32" and (tf32 or (tf32 is None and torch.get_float32_matmul_precision() != "highest")):
-        return "tf32"
-    return arithmetic
+    return "tf32" if arithmetic == "float32" and (multiplies_in_tf32() if tf32 is None else tf32) else arithmetic
 
 
 def precisions(arithmetic: str) -> dict[str, str]:

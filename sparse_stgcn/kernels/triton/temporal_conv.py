@@ -21,13 +21,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device import on_its_device
 from . import configs
 from .launch import (
     arithmetic_of,
     capability_of,
     epilogue,
     new_frames,
-    on_its_device,
     precisions,
     readable,
     refuse,
@@ -104,7 +104,7 @@ def temporal_conv(
         shape, block: (O, I, K), (bo, bi).
         residual: (N, O, To, V) or None, any strides, added before the ReLU.
         padded: return a view with frames at multiples of 16 bytes, which a following temporal_conv reads faster.
-        tf32: multiply float32 in TF32. None follows torch.get_float32_matmul_precision(): "highest" is IEEE float32.
+        tf32: multiply float32 in TF32. None: as torch's own products do, see torch.backends.cuda.matmul.fp32_precision.
 
     Returns:
         (N, O, ceil(T / stride), V), of the dtype of x, contiguous unless `padded`. Sums are float32 and rounded once.

@@ -21,12 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device import on_its_device
 from . import configs
 from .launch import (
     arithmetic_of,
     capability_of,
     epilogue,
-    on_its_device,
     precisions,
     readable,
     refuse,

@@ -1,0 +1,93 @@
+"""Writes the tables of README and docs/ from the results beside this file: python results/tables.py.
+
+A table stands between ``<!-- NAME: command that made the results -->`` and ``<!-- /NAME -->``; a test says whether all are
+up to date.
+"""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sparse_stgcn.benchmark.table import OURS, Row, pivot
+
+RESULTS = Path(__file__).resolve().parent
+ROOT = RESULTS.parent
+PAGES = ("README.md", "docs/benchmarks.md", "docs/results.md")
+BACKBONES = {"stgcn": "ST-GCN", "aagcn": "AA-GCN", "ctrgcn": "CTR-GCN", "dgstgcn": "DG-STGCN"}
+MARKED = re.compile(r"(<!-- (\w+)(?:: .*?)? -->\n)(.*?)(<!-- /\2 -->)", re.DOTALL)
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def rows(name: str) -> list[Row]:
+    """Rows of a benchmark; an output that was not the reference's is an error."""
+    found = [Row(**row) for row in read(name)["rows"]]
+    wrong = [row.label for row in found if not row.error < 1e-3]
+    if wrong:
+        raise ValueError(f"Expected rows whose error is below 1e-3 in {name}.json. Got {wrong}. Run that benchmark again.")
+    return found
+
+
+def benchmark(name: str) -> str:
+    """The first table of a benchmark."""
+    return pivot(rows(name))
+
+
+def grid(name: str, table: str = "accuracy") -> str:
+    """A table of a sweep's report."""
+    text = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+    return text.split(f"## {table}\n\n")[1].split("\n\n")[0]
+
+
+def summary() -> str:
+    """What 0.95 in blocks of 8x1 buys: a column for each backbone."""
+    def ratio(name: str, backbone: str, what: str) -> str:
+        wanted = (OURS, backbone, what, 0.95, "8x1")
+        row, = (r for r in rows(name) if (r.name, r.subject, r.what, r.sparsity, r.block) == wanted)
+        return f"{row.speedup:.1f}x ({1e3 * row.seconds:.3g} ms)"
+
+    def file(backbone: str) -> str:
+        small, large = (read(f"synthetic_{backbone}_{level}")["file"]["bytes"] / 1e6 for level in ("0.95", "dense"))
+        return f"{large:.1f} → {small:.2f} MB"
+
+    accuracy = {entry["name"]: entry["test"]["top1"] for entry in read("nw_ucla_box")["entries"]}
+
+    def reached(backbone: str) -> str:
+        members = "+".join(f"{backbone}_{level}_seed0" for level in (0.6, 0.8, 0.95, 0.99))
+        names = (f"{backbone}_dense_seed0", f"{backbone}_0.95_seed0", f"ensemble({members})")
+        return " → ".join(f"{100 * accuracy[name]:.1f}" if name in accuracy else "?" for name in names) + " %"
+
+    lines = {"inference, against the best dense engine (Zen 5)": lambda b: ratio("bench_networks", b, "inference"),
+             "fine-tuning step, against PyTorch's best (Xeon)": lambda b: ratio("bench_training_xeon", b, "training step"),
+             "checkpoint, dense → 0.95": file,
+             "NW-UCLA, top-1, dense → 0.95 → four levels together": reached}
+    return "\n".join([f"| | {' | '.join(BACKBONES.values())} |", f"| --- |{' ---: |' * len(BACKBONES)}",
+                      *(f"| {name} | {' | '.join(cell(b) for b in BACKBONES)} |" for name, cell in lines.items())])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "summary": summary,
+    **{name: partial(benchmark, name) for name in ("bench_networks", "bench_training_xeon", "bench_ops")},
+    **{name: partial(grid, name) for name in ("nw_ucla_box", "nw_ucla", "sbu", "auto_nw_ucla", "auto_ui_prmd")},
+    "nw_ucla_box_ablations": partial(grid, "nw_ucla_box", "ablations"),
+}
+
+
+def render(text: str) -> str:
+    """The page with every marked table as the results have it."""
+    def table(match: re.Match[str]) -> str:
+        return f"{match[1]}{TABLES[match[2]]()}\n{match[4]}"
+
+    return MARKED.sub(table, text)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
