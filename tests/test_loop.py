@@ -224,8 +224,8 @@ def test_finish_writes_everything_and_evaluate_agrees(tmp_path: Path,
     job.fit()
     result = job.finish()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "config.yaml", "log.jsonl", "model.safetensors", "result.json", "resume.1.safetensors", "resume.safetensors",
-        "scores.npz"]
+        "config.yaml", "lock.train", "log.jsonl", "model.safetensors", "result.json", "resume.1.safetensors",
+        "resume.safetensors", "scores.npz"]
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == json.loads(json.dumps(result))
     weights = result["weights"]
     assert weights["maskable_kept"] / weights["maskable"] == pytest.approx(0.2, abs=0.02)
@@ -265,7 +265,7 @@ def test_evaluate_refuses_other_data(tmp_path: Path) -> None:
 
     job = prepare(tiny.config(data=str(tiny.write_npz(tmp_path / "tiny.npz")),
                               work_dir=str(tmp_path / "run")), quiet(4))
-    with pytest.raises(UserError, match=r"without model\.safetensors; train first"):
+    with pytest.raises(UserError, match=r"without model\.safetensors; finish the run with"):
         evaluate.main([str(tmp_path / "run")])
     job.fit()
     job.finish()
