@@ -1,6 +1,7 @@
 """Convolutions with weights that stay: prepared once, for many calls of few frames each, without gradients."""
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from .pattern import BlockPattern
 __all__ = ["FixedGraphConv", "WindowConv"]
 
 
-class _Prepared:
+class _Prepared(ABC):
     """What keeps addresses of its own tensors: a copy, or what was pickled, has other tensors and takes theirs."""
 
+    @abstractmethod
     def _take_addresses(self) -> None:
-        raise NotImplementedError
+        """Read the addresses of this object's own tensors."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
