@@ -80,7 +80,8 @@ def test_new_weights_are_packed_anew() -> None:
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))], ids=["deepcopy", "pickle"])
 def test_copies_after_the_first_call(copied) -> None:
     single, ensemble = fused(network()), fused(sparse_stgcn.Ensemble([network(), network(sparsity=0.5)]))
-    for fast in (single, ensemble):
+    in_torch, measured = runtime.optimize(network(sparsity=0.1), engine="torch"), runtime.optimize(network(sparsity=0.1))
+    for fast in (single, ensemble, in_torch, measured):
         wanted = fast(X)
         other = copied(fast)
         del fast

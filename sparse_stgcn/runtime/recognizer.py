@@ -66,8 +66,8 @@ class FusedRecognizer(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # A program holds addresses of this process.
-        return {**self.__dict__, "choice": {}, "_programs": {}, "_dense": {}}
+        # A program holds addresses of this process. The choice stays: a copy gives the same bits.
+        return {**self.__dict__, "_programs": {}, "_dense": {}}
 
     @torch.inference_mode()
     def forward(self, keypoint: Tensor) -> Tensor:
@@ -94,10 +94,11 @@ class FusedRecognizer(nn.Module):
             self.choice[frames] = name
             self._keep(name, frames, made[name])
         name = self.choice[frames]
-        if name.startswith("torch"):
-            return None
-        program = self._programs.get(frames)
-        return self._keep(name, frames, self._make(name, frames)) if program is None else program
+        in_torch = name.startswith("torch")
+        made = self._dense.get(name) if in_torch else self._programs.get(frames)
+        if made is None:
+            made = self._keep(name, frames, self._make(name, frames))
+        return None if in_torch else made
 
     def _keep(self, name: str, frames: int, made: Any) -> Any:
         if name.startswith("torch"):
