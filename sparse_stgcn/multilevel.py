@@ -19,7 +19,8 @@ __all__ = ["MultiLevelConfig", "main"]
 
 CLASSIFIERS = ("own", "shared")
 METHODS = ("nested", "random", "iid", "fan_in")
-# Epochs relative to those of a single run: shared weights get the gradients of several levels in every step.
+SCHEDULES = ("growing", "together")
+# Epochs relative to those of a single run: weights that levels train together get several gradients in every step.
 EPOCHS = 0.9
 
 
@@ -27,17 +28,27 @@ EPOCHS = 0.9
 class MultiLevelConfig(TrainConfig):
     """Train several levels of sparsity inside each other as one network, any of which can be used alone.
 
-    The masks are nested, so all levels together store the weights of the widest, plus norms. After the warm-up every step
-    trains the widest level on the labels, and the sparsest and some between on the widest's answer. The other options are
-    those of sparse_stgcn.train.
+    The masks are nested, so all levels together store the weights of the widest, plus norms. The sparsest is trained first, and
+    each wider one adds weights to it, or every step after the warm-up trains several levels. The other options are those of
+    sparse_stgcn.train; --epochs are those of the level that is trained first.
     """
 
     levels: tuple[float, ...] = LEVELS
     """Sparsities, at least two. The lowest is the widest network."""
+    schedule: str = "growing"
+    """growing: the sparsest as if alone, then each wider one, which leaves the weights of those inside it as they are;
+    together: a step trains the widest level on the labels, and the sparsest and some between on the widest's answer."""
+    growth: float = 0.5
+    """With --schedule growing: epochs of every wider level, relative to --epochs."""
+    new_weights: float = 1.0
+    """With --schedule growing: root mean square of the new, random weights of a wider level, relative to that of the weights
+    it has from the level inside it, layer by layer; 0 begins as the function of that level."""
     between: int = 1
-    """How many levels between the widest and the sparsest are trained in a step, drawn anew each time; of two levels none."""
+    """With --schedule together: how many levels between the widest and the sparsest are trained in a step, drawn anew each
+    time; of two levels none."""
     distillation: float = 1.0
-    """Share of the widest's answer in the target of the other levels, in [0, 1]; the labels have the rest."""
+    """With --schedule together: share of the widest's answer in the target of the other levels, in [0, 1]; the labels have the
+    rest."""
     classifier: str = "own"
     """own: one classifier for each level, like the norms; shared: one for all."""
     sparsity: tyro.conf.Suppress[float] = LEVELS[0]
@@ -47,7 +58,8 @@ class MultiLevelConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         self.levels = tuple(float(level) for level in self.levels)
-        self.sparsity = min(self.levels, default=0.0)
+        first = max if self.schedule == "growing" else min
+        self.sparsity = first(self.levels, default=0.0)
         if self.between == 1 and len(self.levels) == 2:
             self.between = 0  # there is none between two
 
@@ -56,9 +68,14 @@ class MultiLevelConfig(TrainConfig):
         """From the widest to the sparsest."""
         return sorted(self.levels)
 
+    @property
+    def growth_epochs(self) -> int:
+        """Epochs of every wider level of a resolved configuration."""
+        return max(1, round(self.growth * (self.epochs or 1)))
+
     def resolved(self, preset: str) -> MultiLevelConfig:
         full = super().resolved(preset)
-        if self.epochs is None and full.epochs is not None:
+        if self.epochs is None and full.epochs is not None and self.schedule == "together":
             full.epochs = round(EPOCHS * full.epochs)
             full.validate()
         return full
@@ -69,6 +86,11 @@ class MultiLevelConfig(TrainConfig):
                             f"Got {' '.join(f'{level:g}' for level in self.levels) or 'none'}.")
         one_of("--method", self.method, METHODS)
         one_of("--classifier", self.classifier, CLASSIFIERS)
+        one_of("--schedule", self.schedule, SCHEDULES)
+        if not 0 < self.growth <= 10:
+            raise UserError(f"Expected --growth in (0, 10], epochs of a wider level relative to --epochs. Got {self.growth:g}.")
+        if not 0 <= self.new_weights < float("inf"):
+            raise UserError(f"Expected --new-weights to be at least 0 and finite. Got {self.new_weights:g}.")
         if not 0 <= self.between <= len(self.levels) - 2:
             raise UserError(f"Expected --between from 0 to {len(self.levels) - 2}, the levels that are neither widest nor "
                             f"sparsest. Got {self.between}.")
@@ -111,10 +133,12 @@ def introduction(job: MultiLevelRun) -> list[str]:
     from .train import introduction as of_train
 
     config = job.config
-    levels = " ".join(f"{level:g}" for level in config.sorted_levels)
-    return [*of_train(config, job),
-            f"levels    {levels}; {2 + config.between} in a step, {config.distillation:.0%} of the targets from the widest, "
-            f"{config.classifier} classifier"]
+    levels = [f"{level:g}" for level in config.sorted_levels]
+    if config.schedule == "growing":
+        how = f"{' '.join(reversed(levels))} one after the other, {config.growth_epochs} epochs for each after the first"
+    else:
+        how = f"{' '.join(levels)}; {2 + config.between} in a step, {config.distillation:.0%} of the targets from the widest"
+    return [*of_train(config, job), f"levels    {how}, {config.classifier} classifier"]
 
 
 def conclusion(result: dict[str, Any]) -> str:

@@ -218,7 +218,8 @@ def config(folder: Path, **changed: object) -> MultiLevelConfig:
     data = folder / "tiny.npz"
     if not data.exists():
         tiny.write_npz(data)
-    values = {**vars(tiny.config(data=str(data), method="nested", rotate=0.2, scale=0.1)), "levels": LEVELS, **changed}
+    values = {**vars(tiny.config(data=str(data), method="nested", rotate=0.2, scale=0.1)), "levels": LEVELS,
+              "schedule": "together", **changed}
     return MultiLevelConfig(**values)
 
 
@@ -279,7 +280,8 @@ def test_a_run_leaves_an_ensemble_and_ordinary_levels(tmp_path: Path, capsys: py
     flags = [f"--{key.replace('_', '-')}={options[key]}" for key in (
         "base_channels", "block", "epochs", "warmup_epochs", "batch_size", "clip_len", "lr_reference_batch", "eval_every",
         "eval_clips", "device", "threads", "workers")]
-    assert run(multilevel.main, [*flags, "--data", str(data), "--work-dir", str(out), "--levels", "0.8", "0.5", "0.9"]) == 0
+    assert run(multilevel.main, [*flags, "--data", str(data), "--work-dir", str(out), "--levels", "0.8", "0.5", "0.9",
+                                 "--schedule", "together"]) == 0
     assert "0.50 of one network's" in capsys.readouterr().out
     result = json.loads((out / "result.json").read_text())
     scores = [Scores.load(out / name / "scores.npz") for name in ("0.5", "0.8", "0.9")]
@@ -330,7 +332,9 @@ def test_the_state_of_other_levels_is_refused(tmp_path: Path, capsys: pytest.Cap
     assert "Got another network, or other levels" in capsys.readouterr().err
 
 
-def test_epochs_are_fewer_than_those_of_a_single_run() -> None:
-    assert MultiLevelConfig().resolved("small").epochs == 63
-    assert MultiLevelConfig(epochs=70).resolved("small").epochs == 70
-    assert MultiLevelConfig(levels=(0.95, 0.7)).sparsity == 0.7
+def test_epochs_and_the_level_of_the_warm_up_follow_the_schedule() -> None:
+    assert MultiLevelConfig(schedule="together").resolved("small").epochs == 63
+    assert MultiLevelConfig(schedule="together", epochs=70).resolved("small").epochs == 70
+    assert MultiLevelConfig(schedule="together", levels=(0.95, 0.7)).sparsity == 0.7
+    growing = MultiLevelConfig(levels=(0.95, 0.7)).resolved("small")
+    assert (growing.epochs, growing.growth_epochs, growing.sparsity) == (70, 35, 0.95)

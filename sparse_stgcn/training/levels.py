@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,15 +53,32 @@ class Levels(Ensemble):
         members = [widest]
         for level in patterns:
             member = copy.deepcopy(widest)
-            for name, conv in maskable_convs(member).items():
-                outer = conv.pattern
-                if conv.values is None or outer is None:
-                    raise ValueError(f"Expected widest to be compact. Got {name} in stage {conv.stage!r}; call compact.")
+            for name, conv in _compact_convs(member).items():
                 pattern = level[name].to(conv.values.device)
-                conv.values = nn.Parameter(conv.values.detach()[pattern.within(outer)])
-                conv.pattern = pattern
+                conv.values, conv.pattern = nn.Parameter(conv.values.detach()[pattern.within(conv.pattern)]), pattern
             members.append(member)
         return cls(members, own_classifier)
+
+    @classmethod
+    def around(cls, inner: Sequence[Recognizer], patterns: Mapping[str, BlockPattern], own_classifier: bool = True,
+               scale: float = 0.0) -> Levels:
+        """Compact levels, the widest first, and a wider one in front of them.
+
+        It has the values of ``inner[0]`` at the places of its blocks. The others are normal, from torch's random state, and
+        have ``scale`` times the root mean square of those in their layer; with 0 it computes what ``inner[0]`` does.
+
+        Args:
+            patterns: name of convolution -> pattern of the new level.
+        """
+        member = copy.deepcopy(inner[0])
+        for name, conv in _compact_convs(member).items():
+            pattern = patterns[name].to(conv.values.device)
+            held = conv.values.detach()
+            drawn = torch.randn(pattern.num_blocks, *held.shape[1:]).to(held)  # on the CPU: equal on every device
+            values = scale * held.square().mean().sqrt() * drawn
+            values[conv.pattern.within(pattern)] = held
+            conv.values, conv.pattern = nn.Parameter(values), pattern
+        return cls([member, *inner], own_classifier)
 
     @property
     def widest(self) -> Recognizer:
@@ -92,6 +110,12 @@ class Levels(Ensemble):
                 values.copy_(shared[position])
 
     @torch.no_grad()
+    def hold(self) -> None:
+        """Give the widest the values of the level inside it, at their places: the reverse of :meth:`update`."""
+        for values, shared, position in self._links[0]:
+            shared[position] = values
+
+    @torch.no_grad()
     def collect(self, index: int) -> None:
         """Move the gradient of the values of member ``index`` > 0 to the values that they are copies of."""
         for values, shared, position in self._links[index - 1]:
@@ -104,14 +128,12 @@ class Levels(Ensemble):
 
     def _tie(self, member: Recognizer) -> list[tuple[nn.Parameter, nn.Parameter, Tensor]]:
         """Put the shared parameters into ``member``; (its values, the widest's, their positions there) of each layer."""
-        shared, wide = dict(self.widest.named_parameters()), maskable_convs(self.widest)
+        shared, wide = dict(self.widest.named_parameters()), _compact_convs(self.widest)
         if shared.keys() != {name for name, _ in member.named_parameters()}:
             raise ValueError("Expected members of one architecture, all compact. Got parameters of other names.")
         links = []
-        for name, conv in maskable_convs(member).items():
+        for name, conv in _compact_convs(member).items():
             outer = wide[name]
-            if conv.values is None or conv.pattern is None or outer.values is None or outer.pattern is None:
-                raise ValueError(f"Expected compact networks. Got {name} in stage {conv.stage!r}; call compact.")
             links.append((conv.values, outer.values, conv.pattern.within(outer.pattern)))
         own = {id(parameter) for module in member.modules()
                if isinstance(module, _BatchNorm) or (self.own_classifier and isinstance(module, Head))
@@ -121,3 +143,12 @@ class Levels(Ensemble):
                 module, _, leaf = name.rpartition(".")
                 setattr(member.get_submodule(module), leaf, shared[name])
         return links
+
+
+def _compact_convs(network: nn.Module) -> dict[str, Any]:
+    """The maskable convolutions of a network, all of which have ``values`` and a pattern."""
+    convs = maskable_convs(network)
+    for name, conv in convs.items():
+        if conv.values is None or conv.pattern is None:
+            raise ValueError(f"Expected compact networks. Got {name} in stage {conv.stage!r}; call compact.")
+    return convs

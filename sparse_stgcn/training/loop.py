@@ -181,13 +181,18 @@ class Trainer:
             self._announced = self.method.stage
             self.report.line(f"exchange  {self.method.stage}: {traffic(self.model, self.synchronised)} per step")
 
+    def _schedule(self) -> tuple[int, int]:
+        """First epoch and number of epochs of the schedule of the learning rate that this epoch is in."""
+        return 0, self.epochs
+
     def _trained(self) -> nn.Module:
         """What the resume file holds."""
         return self.model
 
     def _train_epoch(self, stop: StopRequest) -> dict[str, Any]:
         config, method, steps, totals = self.config, self.method, self.batches.steps, self.totals
-        first, total = self.epoch * steps, self.epochs * steps
+        begin, epochs = self._schedule()
+        first, total = (self.epoch - begin) * steps, epochs * steps
         warmup_steps = max(1, self.warmup_epochs * steps)
         self.train_set.set_epoch(self.epoch)
         self.batches.start = totals.step

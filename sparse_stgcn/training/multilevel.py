@@ -37,33 +37,64 @@ from .report import Report
 from .step import Step
 from .stop import StopRequest
 
-__all__ = ["MultiLevelTrainer"]
+__all__ = ["LevelsTrainer", "MultiLevelTrainer"]
 
 
-class MultiLevelTrainer(Trainer):
-    """A ``Trainer`` whose second stage trains all levels.
+class LevelsTrainer(Trainer):
+    """What the trainers of several levels have in common: what they save and what they test.
 
-    ``loss`` and ``train_accuracy`` of the history are those of the widest level. In stage 2 ``test_accuracy`` is that of all
-    levels together (mean probability) and ``test_accuracy_levels`` has each level's own.
+    Once there are levels, ``test_accuracy`` of the history is that of all of them together (mean probability) and
+    ``test_accuracy_levels`` has each level's own, the widest first.
 
     Args:
-        network: in the warm-up with the patterns of the lowest level; or, to resume in stage 2, its levels.
+        network: of the warm-up, with the patterns of one level; or, to resume, the levels.
         patterns: sparsity -> name of convolution -> pattern, as ``masks.draw_levels`` gives them.
+        own_classifier: see ``Levels``.
+
+    Attributes:
+        levels: those that exist; None before the second stage.
+    """
+
+    def __init__(self, config: TrainConfig, network: Recognizer | Levels, patterns: Mapping[float, Mapping[str, BlockPattern]],
+                 train_set: SkeletonDataset, test_set: SkeletonDataset, work_dir: Path | None = None,
+                 report: Report | None = None, own_classifier: bool = True) -> None:
+        self.levels = network if isinstance(network, Levels) else None
+        super().__init__(config, network if self.levels is None else self.levels.widest, train_set, test_set, work_dir, report)
+        self.patterns, self.own_classifier = patterns, own_classifier
+
+    def _trained(self) -> nn.Module:
+        return self.model if self.levels is None else self.levels
+
+    def _evaluate(self) -> dict[str, Any]:
+        if self.levels is None:
+            return super()._evaluate()
+        start = time.perf_counter()
+        scores = predict_all(list(self.levels.members), self.test_set, None, 2 * self.batch_size, self.workers)
+        mean = sum(s.probability for s in scores) / len(scores)
+        return {"test_accuracy": float((mean.argmax(1) == scores[0].label).mean()),
+                "test_accuracy_levels": [s.metrics()["top1"] for s in scores],
+                "test_seconds": time.perf_counter() - start}
+
+
+class MultiLevelTrainer(LevelsTrainer):
+    """A ``Trainer`` whose second stage trains all levels; the network of its warm-up has the patterns of the lowest.
+
+    ``loss`` and ``train_accuracy`` of the history are those of the widest level.
+
+    Args:
         between: how many levels between the widest and the sparsest are trained in a step.
         distillation: d, the share of the widest's answer in the target of the other levels, in [0, 1].
-        own_classifier: see ``Levels``.
+        network, patterns, own_classifier: see ``LevelsTrainer``.
     """
 
     def __init__(self, config: TrainConfig, network: Recognizer | Levels, patterns: Mapping[float, Mapping[str, BlockPattern]],
                  train_set: SkeletonDataset, test_set: SkeletonDataset, work_dir: Path | None = None,
                  report: Report | None = None, between: int = 1, distillation: float = 1.0,
                  own_classifier: bool = True) -> None:
-        levels = network if isinstance(network, Levels) else None
-        super().__init__(config, network if levels is None else levels.widest, train_set, test_set, work_dir, report)
-        self.patterns, self.between, self.distillation = patterns, between, distillation
-        self.own_classifier, self.levels = own_classifier, levels
-        if levels is not None:
-            self._optimise(levels)
+        super().__init__(config, network, patterns, train_set, test_set, work_dir, report, own_classifier)
+        self.between, self.distillation = between, distillation
+        if self.levels is not None:
+            self._optimise(self.levels)
 
     def _begin_epoch(self) -> None:
         super()._begin_epoch()
@@ -81,23 +112,10 @@ class MultiLevelTrainer(Trainer):
             self.optimizer.add_param_group({"params": parameters})
         self.step = LevelsStep(self.config, levels, self.method, self.optimizer, self.between, self.distillation)
 
-    def _trained(self) -> nn.Module:
-        return self.model if self.levels is None else self.levels
-
     def _train_epoch(self, stop: StopRequest) -> dict[str, Any]:
         if self.levels is not None:
             self.levels.train()
         return super()._train_epoch(stop)
-
-    def _evaluate(self) -> dict[str, Any]:
-        if self.levels is None:
-            return super()._evaluate()
-        start = time.perf_counter()
-        scores = predict_all(list(self.levels.members), self.test_set, None, 2 * self.batch_size, self.workers)
-        mean = sum(s.probability for s in scores) / len(scores)
-        return {"test_accuracy": float((mean.argmax(1) == scores[0].label).mean()),
-                "test_accuracy_levels": [s.metrics()["top1"] for s in scores],
-                "test_seconds": time.perf_counter() - start}
 
 
 class LevelsStep(Step):

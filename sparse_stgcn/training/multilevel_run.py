@@ -14,15 +14,18 @@ from ..config import TrainConfig
 from ..data.archive import Archive
 from ..ensemble import describe
 from ..errors import UserError, validating
+from ..kernels import BlockPattern
+from ..recognizer import Recognizer
 from ..scores import predict_all
 from ..sparsity import mask_layers, maskable_convs, summary
 from ..work_dir import Lock, occupy
 from . import events, run, same_data
 from .checkpoint import load_network
 from .distributed import World, launched
+from .growing import GrowingTrainer
 from .kept import KeptStates
 from .levels import Levels
-from .multilevel import MultiLevelTrainer
+from .multilevel import LevelsTrainer, MultiLevelTrainer
 from .report import Report
 
 if TYPE_CHECKING:
@@ -39,7 +42,7 @@ class MultiLevelRun:
 
     config: MultiLevelConfig
     archive: Archive
-    trainer: MultiLevelTrainer
+    trainer: LevelsTrainer
     work_dir: Path
     lock: Lock | None = None
 
@@ -66,6 +69,7 @@ class MultiLevelRun:
         if levels is None:
             raise ValueError("Expected a run whose levels have been trained. Got one in its warm-up; call fit.")
         own = [level_config(config, level, self.work_dir) for level in config.sorted_levels]
+        first = config.sorted_levels.index(config.sparsity)
         dataset = run.test_set(config, self.archive)
         scores = predict_all(list(levels.members), dataset, dataset.sample_ids, trainer.batch_size, trainer.workers,
                              [run.protocol(c, self.archive) for c in own])
@@ -73,7 +77,8 @@ class MultiLevelRun:
         for index, (level, network, of_level) in enumerate(zip(own, levels.members, scores, strict=True)):
             folder = Path(str(level.work_dir))
             folder.mkdir(exist_ok=True)
-            run.write_results(folder, level, self.archive, network, of_level, level_history(trainer.history, index), seconds)
+            history = level_history(trainer.history, index, len(own), first)
+            run.write_results(folder, level, self.archive, network, of_level, history, seconds)
             level.write(folder / "config.yaml")
         names = [f"{level:g}" for level in config.sorted_levels]
         result, together = describe(levels, scores, names)
@@ -132,8 +137,12 @@ def prepare(config: MultiLevelConfig, report: Report | None = None) -> MultiLeve
         lock = occupy(work_dir, "--work-dir")
         full.work_dir = str(work_dir)
         full.write(work_dir / "config.yaml")
-    trainer = MultiLevelTrainer(full, network, patterns, train_set, quick_test, work_dir, report, full.between,
-                                full.distillation, full.classifier == "own")
+    parts = (full, network, patterns, train_set, quick_test, work_dir, report)
+    trainer: LevelsTrainer
+    if full.schedule == "growing":
+        trainer = GrowingTrainer(*parts, full.growth_epochs, full.new_weights, full.classifier == "own")
+    else:
+        trainer = MultiLevelTrainer(*parts, full.between, full.distillation, full.classifier == "own")
     if trainer.states is not None:
         trainer.states.goes_on = f"continue with python -m sparse_stgcn.multilevel --resume {work_dir}"
     for reason in rejected:
@@ -152,11 +161,21 @@ def trained(state: Path, expected: Mapping[str, Any], patterns: Mapping[float, A
     Raises:
         UserError: it has another network or other levels.
     """
-    found = load_network(state).to(config.device)
-    members = list(getattr(found, "members", [found]))
-    if members[0].config != expected or len(members) not in (1, len(patterns)):
+    found = load_network(state)
+    members, growing = list(getattr(found, "members", [found])), config.schedule == "growing"
+    counts = range(1, len(patterns) + 1) if growing else (1, len(patterns))
+    of_members = sorted(patterns)[-len(members):] if growing else sorted(patterns)[:len(members)]
+    if members[0].config != expected or len(members) not in counts or not all(
+            has_patterns(member, patterns[level]) for member, level in zip(members, of_members, strict=True)):
         raise UserError(f"Expected {state} to fit the network of this configuration. Got another network, or other levels.")
+    found.to(config.device)
     return Levels(members, config.classifier == "own") if len(members) > 1 else found
+
+
+def has_patterns(network: Recognizer, patterns: Mapping[str, BlockPattern]) -> bool:
+    """Whether the convolutions of a network have just these live blocks."""
+    return all(conv.pattern is not None and torch.equal(conv.pattern.blocks(), patterns[name].blocks())
+               for name, conv in maskable_convs(network).items())
 
 
 def level_config(config: MultiLevelConfig, level: float, work_dir: Path) -> TrainConfig:
@@ -166,14 +185,19 @@ def level_config(config: MultiLevelConfig, level: float, work_dir: Path) -> Trai
     return TrainConfig(**{**shared, **own})
 
 
-def level_history(history: Sequence[Mapping[str, Any]], index: int) -> list[dict[str, Any]]:
-    """The history of a level: its own test accuracies; in the warm-up there is the widest alone."""
+def level_history(history: Sequence[Mapping[str, Any]], index: int, count: int, first: int) -> list[dict[str, Any]]:
+    """The history of one of ``count`` levels, the widest of which is 0: its own test accuracies.
+
+    Args:
+        first: the level that was trained alone, before there were several.
+    """
     own = []
     for record in history:
-        entry = {key: value for key, value in record.items() if key != "test_accuracy_levels"}
-        if "test_accuracy_levels" in record:
-            entry["test_accuracy"] = record["test_accuracy_levels"][index]
-        elif index > 0:
-            entry.pop("test_accuracy", None)
+        entry = {key: value for key, value in record.items() if key not in ("test_accuracy", "test_accuracy_levels")}
+        if "test_accuracy" in record:
+            together = record.get("test_accuracy_levels")
+            tested = {first: record["test_accuracy"]} if together is None else dict(enumerate(together, count - len(together)))
+            if index in tested:
+                entry["test_accuracy"] = tested[index]
         own.append(entry)
     return own
