@@ -18,6 +18,7 @@ RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 PAGES = ("README.md", "docs/benchmarks.md", "docs/results.md")
 BACKBONES = {"stgcn": "ST-GCN", "aagcn": "AA-GCN", "ctrgcn": "CTR-GCN", "dgstgcn": "DG-STGCN"}
+LEVELS = (0.6, 0.8, 0.95, 0.99)
 MARKED = re.compile(r"(<!-- (\w+)(?:: .*?)? -->\n)(.*?)(<!-- /\2 -->)", re.DOTALL)
 
 
@@ -71,8 +72,40 @@ def summary() -> str:
                       *(f"| {name} | {' | '.join(cell(b) for b in BACKBONES)} |" for name, cell in lines.items())])
 
 
+def levels() -> str:
+    """ST-GCN's levels, prepared clips: trained apart, inside each other by growing, and by steps that train several."""
+    def line(name: str, top1: dict[str, float], together: float, kept: float) -> str:
+        cells = [*(f"{100 * top1[f'{level:g}']:.1f}" for level in LEVELS), f"{100 * together:.1f}", f"{kept:.2f}"]
+        return f"| {name} | {' | '.join(cells)} |"
+
+    def nested(name: str, file: str) -> str:
+        result = read(file)
+        top1 = {member["name"]: member["test"]["top1"] for member in result["members"]}
+        return line(name, top1, result["test"]["top1"], result["weights"]["maskable_kept_fraction"])
+
+    apart = {entry["name"]: entry for entry in read("nw_ucla_box")["entries"]}
+    names = {f"{level:g}": f"stgcn_{level:g}_seed0" for level in LEVELS}
+    ensemble = apart[f"ensemble({'+'.join(names.values())})"]
+    single = {level: apart[name]["test"]["top1"] for level, name in names.items()}
+    return "\n".join([
+        f"| | {' | '.join(f'{level:g}' for level in LEVELS)} | all four | weights kept |", f"| --- |{' ---: |' * 6}",
+        line("trained apart", single, ensemble["test"]["top1"], ensemble["weights"]["maskable_kept_fraction"]),
+        nested("`--schedule growing`", "nw_ucla_box_growing_seed0"),
+        nested("`--schedule together`", "nw_ucla_box_levels_seed0")])
+
+
+def lottery() -> str:
+    """Top-1 of tickets on frozen weights over sparsity."""
+    result = read("nw_ucla_lottery/lottery")
+    found = {(point["init"], point["sparsity"]): f"{100 * point['top1']:.1f}" for point in result["points"]}
+    dense = {"pretrained": f"{100 * result['pretrained']['test']['top1']:.1f}"}
+    return "\n".join([f"| frozen weights | dense | {' | '.join(f'{level:g}' for level in LEVELS)} |", f"| --- |{' ---: |' * 5}",
+                      *(f"| {init} | {dense.get(init, '–')} | {' | '.join(found.get((init, level), '–') for level in LEVELS)} |"
+                        for init in ("pretrained", "random"))])
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    "summary": summary,
+    "summary": summary, "nw_ucla_box_nested": levels, "nw_ucla_lottery": lottery,
     **{name: partial(benchmark, name) for name in ("bench_networks", "bench_training_xeon", "bench_ops")},
     **{name: partial(grid, name) for name in ("nw_ucla_box", "nw_ucla", "sbu", "auto_nw_ucla", "auto_ui_prmd")},
     "nw_ucla_box_ablations": partial(grid, "nw_ucla_box", "ablations"),

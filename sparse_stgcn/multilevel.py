@@ -40,7 +40,7 @@ class MultiLevelConfig(TrainConfig):
     together: a step trains the widest level on the labels, and the sparsest and some between on the widest's answer."""
     growth: float = 0.5
     """With --schedule growing: epochs of every wider level, relative to --epochs."""
-    new_weights: float = 1.0
+    new_weights: float = 0.5
     """With --schedule growing: root mean square of the new, random weights of a wider level, relative to that of the weights
     it has from the level inside it, layer by layer; 0 begins as the function of that level."""
     between: int = 1

@@ -52,7 +52,7 @@ class GrowingTrainer(LevelsTrainer):
 
     def __init__(self, config: TrainConfig, network: Recognizer | Levels, patterns: Mapping[float, Mapping[str, BlockPattern]],
                  train_set: SkeletonDataset, test_set: SkeletonDataset, work_dir: Path | None = None,
-                 report: Report | None = None, growth: int = 1, scale: float = 1.0,
+                 report: Report | None = None, growth: int = 1, scale: float = 0.5,
                  own_classifier: bool = True) -> None:
         lengths = [config.epochs or 1, *[growth] * (len(patterns) - 1)]
         report = report or Report(sum(lengths))
