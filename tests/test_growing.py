@@ -11,11 +11,11 @@ import torch
 from test_multilevel import batch, everything, nested, start
 from test_resume import STEPS, Stopping, assert_equal
 
-from sparse_stgcn import checkpoint, multilevel
+from sparse_stgcn import checkpoint, compact, masks, multilevel
 from sparse_stgcn.config import TrainConfig, parse_as
 from sparse_stgcn.errors import run
 from sparse_stgcn.multilevel import MultiLevelConfig
-from sparse_stgcn.sparsity import maskable_convs, summary
+from sparse_stgcn.sparsity import mask_layers, maskable_convs, summary
 from sparse_stgcn.training.levels import Levels
 from sparse_stgcn.training.loop import Trainer
 from sparse_stgcn.training.multilevel_run import MultiLevelRun, has_patterns, prepare
@@ -63,6 +63,16 @@ def test_new_weights_have_the_scale_of_those_that_are_there() -> None:
         new[place] = False
         values, expected = conv.values.detach(), 0.5 * float(held.values.detach().square().mean().sqrt())
         assert new.sum() < 50 or float(values[new].square().mean().sqrt()) == pytest.approx(expected, rel=0.2)
+
+
+def test_new_blocks_hold_nothing_beyond_a_ragged_edge() -> None:
+    narrow = tiny.model(0.8, block=(3, 1))  # 8 outputs in rows of 3
+    patterns = masks.draw_levels(mask_layers(narrow, (3, 1)), (0.5, 0.8), "nested")
+    for key, conv in maskable_convs(narrow).items():
+        conv.pattern = patterns[0.8][key]
+    wider = Levels.around([compact(narrow)], patterns[0.5], scale=1.0).widest
+    for conv in maskable_convs(wider).values():
+        assert torch.equal(conv.pattern.gather(conv.pattern.scatter(conv.values)), conv.values)
 
 
 def test_the_sparsest_level_is_what_it_is_alone(grown: MultiLevelRun, tmp_path: Path) -> None:

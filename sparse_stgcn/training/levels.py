@@ -74,8 +74,9 @@ class Levels(Ensemble):
         for name, conv in _compact_convs(member).items():
             pattern = patterns[name].to(conv.values.device)
             held = conv.values.detach()
-            drawn = torch.randn(pattern.num_blocks, *held.shape[1:]).to(held)  # on the CPU: equal on every device
-            values = scale * held.square().mean().sqrt() * drawn
+            drawn = torch.randn(pattern.num_blocks, *held.shape[1:])  # on the CPU: equal on every device
+            drawn *= patterns[name].gather(torch.ones(pattern.shape))  # nothing beyond a ragged edge
+            values = scale * held.square().mean().sqrt() * drawn.to(held)
             values[conv.pattern.within(pattern)] = held
             conv.values, conv.pattern = nn.Parameter(values), pattern
         return cls([member, *inner], own_classifier)
