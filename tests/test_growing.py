@@ -145,10 +145,7 @@ def test_the_state_of_other_masks_is_refused(tmp_path: Path, capsys: pytest.Capt
 
 def test_a_run_leaves_an_ensemble_and_ordinary_levels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = tiny.write_npz(tmp_path / "tiny.npz"), tmp_path / "levels"
-    options = vars(tiny.config(epochs=2, warmup_epochs=1, eval_every=1))
-    flags = [f"--{key.replace('_', '-')}={options[key]}" for key in (
-        "base_channels", "block", "epochs", "warmup_epochs", "batch_size", "clip_len", "lr_reference_batch", "eval_every",
-        "eval_clips", "device", "threads", "workers")]
+    flags = tiny.flags(epochs=2, warmup_epochs=1, eval_every=1)
     assert run(multilevel.main, [*flags, "--data", str(data), "--work-dir", str(out), "--levels", "0.8", "0.5", "0.9"]) == 0
     said = capsys.readouterr().out
     assert "0.9 0.8 0.5 one after the other, 1 epochs for each after the first" in said and "0.50 of one network's" in said

@@ -276,10 +276,7 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
 def test_a_run_leaves_an_ensemble_and_ordinary_levels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tiny.write_npz(tmp_path / "tiny.npz")
     out = tmp_path / "levels"
-    options = vars(tiny.config(epochs=3, warmup_epochs=1, eval_every=1))
-    flags = [f"--{key.replace('_', '-')}={options[key]}" for key in (
-        "base_channels", "block", "epochs", "warmup_epochs", "batch_size", "clip_len", "lr_reference_batch", "eval_every",
-        "eval_clips", "device", "threads", "workers")]
+    flags = tiny.flags(epochs=3, warmup_epochs=1, eval_every=1)
     assert run(multilevel.main, [*flags, "--data", str(data), "--work-dir", str(out), "--levels", "0.8", "0.5", "0.9",
                                  "--schedule", "together"]) == 0
     assert "0.50 of one network's" in capsys.readouterr().out

@@ -67,3 +67,11 @@ def config(**changed: Any) -> TrainConfig:
                               "batch_size": 8, "clip_len": 8, "lr_reference_batch": 8, "eval_every": 2,
                               "eval_clips": 2, "device": "cpu", "threads": 1, "workers": 0, **changed}
     return TrainConfig(**values)
+
+
+def flags(**changed: Any) -> list[str]:
+    """``config`` as options of a command, for those that make it themselves."""
+    options = vars(config(**changed))
+    return [f"--{key.replace('_', '-')}={options[key]}" for key in (
+        "base_channels", "block", "epochs", "warmup_epochs", "batch_size", "clip_len", "lr_reference_batch", "eval_every",
+        "eval_clips", "device", "threads", "workers")]
