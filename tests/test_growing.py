@@ -8,17 +8,16 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_multilevel import batch, everything, nested, start
-from test_resume import STEPS, Stopping, assert_equal
+from test_multilevel import batch, everything, interrupted, nested, start
+from test_resume import STEPS, assert_equal
 
 from sparse_stgcn import checkpoint, compact, masks, multilevel
-from sparse_stgcn.config import TrainConfig, parse_as
+from sparse_stgcn.config import TrainConfig
 from sparse_stgcn.errors import run
-from sparse_stgcn.multilevel import MultiLevelConfig
 from sparse_stgcn.sparsity import mask_layers, maskable_convs, summary
 from sparse_stgcn.training.levels import Levels
 from sparse_stgcn.training.loop import Trainer
-from sparse_stgcn.training.multilevel_run import MultiLevelRun, has_patterns, prepare
+from sparse_stgcn.training.multilevel_run import MultiLevelRun, has_patterns
 
 GROWING = {"schedule": "growing", "levels": (0.5, 0.8, 0.9), "growth": 0.5}  # epochs 0-3 train 0.9, 4 and 5 0.8, 6 and 7 0.5
 
@@ -126,13 +125,7 @@ def test_every_level_has_its_epochs_and_its_cosine(grown: MultiLevelRun) -> None
 # Interrupted in the warm-up, in the first level, at the switch to the second, inside it, and in the last.
 @pytest.mark.parametrize("after", [STEPS + 1, 3 * STEPS + 1, 4 * STEPS + 1, 5 * STEPS + 2, 7 * STEPS + 1])
 def test_interrupted_and_resumed_equals_whole(after: int, whole: dict[str, object], tmp_path: Path) -> None:
-    job = start(tmp_path, "cut", after, save_every_steps=1, **GROWING)
-    with pytest.raises(KeyboardInterrupt):
-        job.fit()
-    torch.rand(7)
-    job = prepare(parse_as(MultiLevelConfig, ["--resume", str(tmp_path / "cut")]), Stopping(None))
-    job.fit()
-    assert_equal(everything(job), whole)
+    assert_equal(everything(interrupted(after, tmp_path, save_every_steps=1, **GROWING)), whole)
 
 
 def test_the_state_of_other_masks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

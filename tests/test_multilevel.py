@@ -227,6 +227,17 @@ def start(folder: Path, name: str, after: int | None = None, **changed: object) 
     return prepare(config(folder, work_dir=str(folder / name), **changed), Stopping(after))
 
 
+def interrupted(after: int, folder: Path, **changed: object) -> MultiLevelRun:
+    """A run that was stopped after so many steps and went on."""
+    job = start(folder, "cut", after, **changed)
+    with pytest.raises(KeyboardInterrupt):
+        job.fit()
+    torch.rand(7)
+    job = prepare(parse_as(MultiLevelConfig, ["--resume", str(folder / "cut")]), Stopping(None))
+    job.fit()
+    return job
+
+
 def everything(job: MultiLevelRun) -> dict[str, object]:
     levels, timed = job.trainer.levels, ("seconds", "samples_per_second", "test_seconds")
     names = {p: n for n, p in levels.named_parameters()}
@@ -245,13 +256,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 # Interrupted in the warm-up, at the switch, in the first epoch of the levels, and in the last.
 @pytest.mark.parametrize("after", [STEPS + 1, 2 * STEPS + 1, 3 * STEPS + 1])
 def test_interrupted_and_resumed_equals_whole(after: int, whole: dict[str, object], tmp_path: Path) -> None:
-    job = start(tmp_path, "cut", after, distillation=0.5)
-    with pytest.raises(KeyboardInterrupt):
-        job.fit()
-    torch.rand(7)
-    job = prepare(parse_as(MultiLevelConfig, ["--resume", str(tmp_path / "cut")]), Stopping(None))
-    job.fit()
-    assert_equal(everything(job), whole)
+    assert_equal(everything(interrupted(after, tmp_path, distillation=0.5)), whole)
 
 
 def test_a_new_network_is_moved_to_the_device_before_the_patterns_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
