@@ -167,18 +167,21 @@ def one_thread() -> Iterator[None]:
 def test_predicted_latencies_follow_the_measured_ones(one_thread: None) -> None:
     torch.manual_seed(0)
     model = create_model("stgcn", 5, layout=tiny.SKELETON, base_channels=32)
-    table = measure(model, "8x1", 32, 1, rounds=3)
-    assert LatencyTable.from_dict(table.to_dict()) == table
-    names = [name for kind in table.classes for name in kind.layers]
-    assert sorted(names) == sorted(maskable_convs(model))
-    predicted, measured = [], []
-    for sparsity in (0.98, 0.5):
-        sparse = compact(sparsify(copy.deepcopy(model), sparsity, "8x1"))
-        predicted.append(table.predict({layer.name: layer.kept / layer.total for layer in summary(sparse).layers}))
-        measured.append(measure_network(sparse, 32, 1, rounds=7))
-    # The dense half takes several times as long; other work on the machine may double any figure, the best of some less.
-    assert predicted[1] > 1.5 * predicted[0]
-    assert 1 / 4 < (predicted[1] / predicted[0]) / (measured[1] / measured[0]) < 4
+    sittings = []
+    while len(sittings) < 3:  # other work on the machine may spoil a sitting, but not what is true of all of them
+        table = measure(model, "8x1", 32, 1, rounds=3)
+        assert LatencyTable.from_dict(table.to_dict()) == table
+        assert sorted(name for kind in table.classes for name in kind.layers) == sorted(maskable_convs(model))
+        predicted, measured = [], []
+        for sparsity in (0.98, 0.5):
+            sparse = compact(sparsify(copy.deepcopy(model), sparsity, "8x1"))
+            predicted.append(table.predict({layer.name: layer.kept / layer.total for layer in summary(sparse).layers}))
+            measured.append(measure_network(sparse, 32, 1, rounds=7))
+        # The dense half takes several times as long; other work may double any figure, the best of some less.
+        sittings.append((predicted, measured))
+        if predicted[1] > 1.5 * predicted[0] and 1 / 4 < (predicted[1] / predicted[0]) / (measured[1] / measured[0]) < 4:
+            return
+    pytest.fail(f"Expected predicted seconds to follow the measured ones in one of three sittings. Got {sittings}.")
 
 
 def test_prediction_interpolates_and_adds() -> None:
