@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from sparse_stgcn import Archive, Predictor
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,6 +28,32 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the shared folder ({folder}); set SPARSE_STGCN_SHARED to where it is")
     return folder
+
+
+# For the tests of predictions; modules with fixtures of these names use their own.
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of ``predicted.train_two``: the runs "low" and "high", and their data tiny.npz."""
+    from predicted import train_two
+
+    return train_two(tmp_path_factory.mktemp("predict"))
+
+
+@pytest.fixture(scope="module")
+def archive(trained: Path) -> Archive:
+    """The data of ``trained``."""
+    from sparse_stgcn import Archive
+
+    return Archive.open(trained / "tiny.npz").with_split()
+
+
+@pytest.fixture(scope="module")
+def predictor(trained: Path) -> Predictor:
+    """Of the run "low" of ``trained``."""
+    from sparse_stgcn import Predictor
+
+    return Predictor.load(trained / "low")
 
 
 def missing_gpu() -> str | None:

@@ -13,28 +13,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from predicted import TOLERANCE, sequences, train_two
+from predicted import TOLERANCE, sequences
 
-from sparse_stgcn import Archive, Predictor, checkpoint, compact, predict, sparsify
+from sparse_stgcn import Predictor, checkpoint, compact, predict, sparsify
 from sparse_stgcn.errors import run
 from sparse_stgcn.scores import Scores
 from sparse_stgcn.streaming.predictor import StreamPredictor
 from sparse_stgcn.streaming.rolling import RollingPredictor
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    return train_two(tmp_path_factory.mktemp("predict"))
-
-
-@pytest.fixture(scope="module")
-def archive(trained) -> Archive:
-    return Archive.open(trained / "tiny.npz").with_split()
-
-
-@pytest.fixture(scope="module")
-def predictor(trained) -> Predictor:
-    return Predictor.load(trained / "low")
 
 
 def lines(capsys) -> list[dict]:

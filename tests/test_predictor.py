@@ -5,16 +5,15 @@ import copy
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from predicted import TOLERANCE, sequences, train_two
+from predicted import TOLERANCE, sequences
 
 import sparse_stgcn
-from sparse_stgcn import Archive, Predictor, checkpoint, ensemble
+from sparse_stgcn import Predictor, checkpoint, ensemble
 from sparse_stgcn.data import SkeletonDataset
 from sparse_stgcn.data.joints import joint_order
 from sparse_stgcn.errors import UserError, run
@@ -23,21 +22,6 @@ from sparse_stgcn.kernels.dispatch import gpu_at
 from sparse_stgcn.predictor import Prediction
 from sparse_stgcn.scores import Scores
 from sparse_stgcn.skeleton import Skeleton
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    return train_two(tmp_path_factory.mktemp("predict"))
-
-
-@pytest.fixture(scope="module")
-def archive(trained) -> Archive:
-    return Archive.open(trained / "tiny.npz").with_split()
-
-
-@pytest.fixture(scope="module")
-def predictor(trained) -> Predictor:
-    return Predictor.load(trained / "low")
 
 
 def test_the_input_of_the_network_is_that_of_evaluate_to_the_bit(archive, predictor):
