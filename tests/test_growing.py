@@ -112,6 +112,22 @@ def test_a_wider_level_leaves_what_is_inside_it(whole: dict[str, object], tmp_pa
     assert_equal(everything(job), whole)
 
 
+@pytest.mark.parametrize("name", ["aagcn", "ctrgcn", "dgstgcn"])
+def test_other_backbones_grow_around_what_they_share(name: str, tmp_path: Path) -> None:
+    job = start(tmp_path, name, backbone=name, **{**GROWING, "levels": (0.5, 0.8), "epochs": 2, "warmup_epochs": 1})
+    job.trainer.fit(until=2)
+    before = copy.deepcopy(job.trainer.model.state_dict())
+    job.fit()
+    wide, inner = job.trainer.levels.members
+    assert all(torch.equal(value, before[key]) for key, value in inner.state_dict().items())
+    parameters = dict(inner.named_parameters())
+    shared = [key for key, parameter in wide.named_parameters() if parameter is parameters[key]]
+    assert any("gcn" in key and not key.endswith(".values") for key in shared)
+    moved = [key for key, parameter in wide.named_parameters() if key not in shared and not key.endswith(".values")
+             and not torch.equal(parameter, parameters[key])]
+    assert len(moved) > 20 and len(job.trainer.history) == 3
+
+
 def test_every_level_has_its_epochs_and_its_cosine(grown: MultiLevelRun) -> None:
     history = grown.trainer.history
     assert [record["level"] for record in history] == [0.9] * 4 + [0.8] * 2 + [0.5] * 2
