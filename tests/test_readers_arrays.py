@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,19 @@ def test_json_file_of_sequences(tmp_path: Path) -> None:
     np.testing.assert_array_equal(a[0], sequence(1, 5, 2, 4, 3))
     np.testing.assert_array_equal(a[1][:, 0], sequence(2, 6, 4, 3))
     assert not a[1][:, 1].any() and a.with_split("train").train.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(("splits", "found"), [
+    ((None, None), "0 and 1 of it, with split none"), (("train", "test"), "'train' and 'test'"),
+    (("a_train", "a_val"), "'a_train' and 'a_val'"), (("train", ""), "'train' and ''"),
+    (("train", "train"), ""), (("a_train", "b_val"), "")])
+def test_a_file_that_is_listed_twice(tmp_path: Path, splits: tuple[str | None, ...], found: str) -> None:
+    np.save(tmp_path / "a.npy", sequence(0))
+    entries = [{"file": file, "label": 0} | ({} if split is None else {"split": split})
+               for file, split in zip(("a.npy", "./a.npy"), splits, strict=True)]
+    (tmp_path / "set.json").write_text(json.dumps({"layout": LAYOUT, "sequences": entries}))
+    with pytest.raises(UserError, match=found) if found else nullcontext():
+        assert len(ArraysSource(tmp_path / "set.json")) == 2
 
 
 @settings(max_examples=40, deadline=None)

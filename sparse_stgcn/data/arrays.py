@@ -39,7 +39,7 @@ class ArraysSource(Source):
     Without a split in the source every fifth sequence of each class becomes the test split.
 
     Raises:
-        UserError: nothing to read, a file is damaged or its form differs; the message names the file.
+        UserError: nothing to read, a file is damaged, its form differs, or it is listed in two parts; the message names it.
     """
 
     def __init__(self, path: str | Path, layout: Any = None, order: str | None = None, score_channel: bool = False,
@@ -58,6 +58,7 @@ class ArraysSource(Source):
             self.entries = content["sequences"]
         if not self.entries:
             raise UserError(f"Expected .npy or .json arrays in '{path}', one folder per class. Got none.")
+        self._check_files()
         layout = self._layout(content) if layout is None else layout
         if layout is None:
             raise UserError(f"Expected layout for '{path}': plain arrays do not say which joint is which. Got none; name a "
@@ -105,6 +106,22 @@ class ArraysSource(Source):
                 rank[label == value] = np.arange((label == value).sum())
             return {"train": rank % 5 != 4, "test": rank % 5 == 4}
         return {name: part == name for name in np.unique(part[part != ""]).tolist()}
+
+    def _check_files(self) -> None:
+        """What is in two parts of a protocol (xsub_train and xsub_val, say) would be tested on what it was trained on."""
+        divided = any("split" in entry for entry in self.entries)
+        first: dict[tuple[str, str], int] = {}
+        for index, entry in enumerate(self.entries):
+            if "keypoint" in entry:
+                continue
+            part = str(entry.get("split", ""))
+            file = os.path.normpath(str(entry["file"]))
+            before = first.setdefault((file, part.rpartition("_")[0]), index)
+            other = str(self.entries[before].get("split", ""))
+            if before != index and (not divided or part != other):
+                parts = f"{other!r} and {part!r}" if divided else "none, so that one may train and one test"
+                raise UserError(f"Expected '{file}' in one part of '{self.path}'. Got sequences {before} and {index} of it, "
+                                f"with split {parts}; list it once, or give both the same split.")
 
     def _array(self, index: int) -> np.ndarray:
         """The array of an entry as (T, M, V, C)."""
