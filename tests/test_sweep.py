@@ -366,8 +366,14 @@ def test_entries_of_another_version_of_the_grid_stay_but_are_in_no_table(tmp_pat
     assert len(collect.read(tmp_path / "g.json")) == 3
 
 
-def test_members_of_a_combination_agree_in_everything_else(tmp_path):
-    entries = [entry(0.5, 0.9, seed=s) for s in (0, 1)] + [entry(0.8, 0.8, seed=1, warmup_epochs=None)]
-    entries[0]["config"]["warmup_epochs"] = entries[1]["config"]["warmup_epochs"] = 3
-    groups = list(collect._groups(Combine("e", "sparsity", (0.5, 0.8)), entries))
-    assert [[e["config"]["seed"] for e in group] for group in groups] == [[1, 1]]
+@pytest.mark.parametrize(("change", "values", "groups"), [
+    ({"warmup_epochs": 0}, (0.5, 0.8), []),  # of two warm-ups no level of the one goes with a level of the other
+    ({}, (0.5, 0.8), [[0.5, 0.8]]),
+    ({"warmup_epochs": 0}, (0, 0.5), [[0, 0.5]]),  # but a dense run has none, and goes with both
+    ({"warmup_epochs": 0}, (0.8, 0), [[0.8, 0]])])
+def test_members_of_a_combination_agree_in_everything_else(change, values, groups):
+    entries = [entry(0.5, 0.9, seed=s, warmup_epochs=3) for s in (0, 1)]
+    entries += [entry(0.8, 0.8, seed=1, **{"warmup_epochs": 3, **change}), entry(0, 0.7, seed=1, warmup_epochs=0)]
+    found = list(collect._groups(Combine("e", "sparsity", values), entries))
+    assert [[e["config"]["sparsity"] for e in group] for group in found] == groups
+    assert {e["config"]["seed"] for group in found for e in group} <= {1}

@@ -42,12 +42,11 @@ def collect(grid: Grid, root: Path, before: Sequence[Entry] = (), kept: Path | N
     """
     made: dict[str, Entry] = {}
     scores: dict[str, Scores] = {}
-    combinable: dict[str, Entry] = {}
     for run in grid.runs:
         needed = kept is not None and any(run.config.to_dict()[c.over] in c.values for c in grid.combine)
         file = root / run.name / "scores.npz"
         if status(run, root).state == "finished":
-            combinable[run.name] = made[run.name] = _entry(run, root / run.name)
+            made[run.name] = _entry(run, root / run.name)
             scores[run.name] = Scores.load(file)
             if needed and kept is not None:
                 kept.mkdir(parents=True, exist_ok=True)
@@ -55,17 +54,17 @@ def collect(grid: Grid, root: Path, before: Sequence[Entry] = (), kept: Path | N
         elif entry := recorded(run, before):
             made[run.name] = {**_current(entry), "config": _whole(entry["config"])}
             if needed and kept is not None and (kept / f"{run.name}.npz").exists():
-                combinable[run.name] = made[run.name]
                 scores[run.name] = _kept_scores(kept / f"{run.name}.npz", entry)
+    combinations = {entry["name"]: entry for entry in before if "members" in entry}
     for combine in grid.combine:
-        for members in _groups(combine, list(combinable.values())):
-            entry, fused = _combined(combine, members, [scores[member["name"]] for member in members])
-            combinable[entry["name"]] = made[entry["name"]] = entry
-            scores[entry["name"]] = fused
+        for members in _groups(combine, list(made.values())):
+            names = [member["name"] for member in members]
+            name = f"{combine.name}({'+'.join(names)})"
+            if scores.keys() >= set(names):
+                made[name], scores[name] = _combined(name, combine, members, [scores[member] for member in names])
+            elif name in combinations:  # the scores of its members are elsewhere
+                made[name] = _current(combinations[name])
     place = {run.name: index for index, run in enumerate(grid.runs)}
-    for entry in before:  # combinations whose members' scores are elsewhere
-        if entry["name"] not in made and "members" in entry and all(name in made for name in entry["members"]):
-            made[entry["name"]] = _current(entry)
     former = [{**entry, "former": True} for entry in before if entry["name"] not in made]
     return [*sorted(made.values(), key=lambda entry: place.get(entry["name"], len(place))), *former]
 
@@ -185,35 +184,29 @@ def _entry(run: Run, work_dir: Path) -> Entry:
 
 
 def _groups(combine: Combine, entries: Sequence[Entry]) -> Iterator[list[Entry]]:
-    """For each entry with the first value, it and those with the other values, everything else equal."""
-    first, *rest = combine.values
+    """Entries with all the values, in their order, and everything else equal; a dense run fits to any warm-up and mask."""
+    anchor = next((value for value in combine.values if value != 0), combine.values[0])
     for entry in entries:
-        if entry["config"][combine.over] != first:
+        if entry["config"][combine.over] != anchor:
             continue
-        same = {key: value for key, value in entry["config"].items() if key not in _depends_on(combine.over)}
-        found = [next((e for e in entries if matches(e, {**same, combine.over: value})), None) for value in rest]
+        same = {key: value for key, value in entry["config"].items() if key != combine.over}
+        found = [entry if value == anchor else next((e for e in entries if matches(e, {**same, combine.over: value})), None)
+                 for value in combine.values]
         if all(member is not None for member in found):
-            yield [entry, *(member for member in found if member is not None)]
+            yield [member for member in found if member is not None]
 
 
-def _depends_on(over: str) -> tuple[str, ...]:
-    # A dense run has no warm-up, so members that differ in sparsity may differ in it.
-    return (over, "warmup_epochs") if over == "sparsity" else (over,)
-
-
-def _combined(combine: Combine, members: Sequence[Entry], scores: Sequence[Scores]) -> tuple[Entry, Scores]:
+def _combined(name: str, combine: Combine, members: Sequence[Entry], scores: Sequence[Scores]) -> tuple[Entry, Scores]:
     files = [fusion.Member(member["name"], s.sample, s.label, s.probability, s.logit)
              for member, s in zip(members, scores, strict=True)]
     fused = fusion.fuse(files, combine.weights, combine.on)
-    config = {**members[0]["config"], combine.over: combine.name}
-    varied = [key for key in config if key != combine.over and any(m["config"][key] != config[key] for m in members)]
-    config |= dict.fromkeys(varied)
-    name = f"{combine.name}({'+'.join(member['name'] for member in members)})"
+    shown = next((member for member in members if member["config"]["sparsity"] != 0), members[0])
     dense, kept = members[0]["weights"], [member["weights"] for member in members]
     weights = {"maskable": dense["maskable"], "maskable_kept": sum(w["maskable_kept"] for w in kept),
                "all": dense["all"], "all_kept": sum(w["all_kept"] for w in kept)}
     weights |= {f"{key}_kept_fraction": weights[f"{key}_kept"] / weights[key] for key in ("maskable", "all")}
-    entry = {"name": name, "config": config, "members": [member["name"] for member in members],
+    entry = {"name": name, "config": {**shown["config"], combine.over: combine.name},
+             "members": [member["name"] for member in members],
              "test": {**fused.metrics(), "samples": len(fused.label)}, "confidence": confidence(fused),
              "weights": weights, "bytes": sum(member["bytes"] for member in members)}
     return entry, fused
