@@ -208,7 +208,7 @@ class TrainConfig:
 
         if isinstance(self.sparsity, str):
             return Budget.parse(self.budget or "")
-        return Budget("weights", 1 - self.sparsity, f"{100 * (1 - self.sparsity):g}%")
+        return Budget("weights", 1 - self.sparsity, f"{100 * (1 - self.sparsity):g}%", "--sparsity")
 
     def resolved(self: T, preset: str) -> T:
         """A copy in which the keys that are None have the values of ``PRESETS[preset]``, checked again.

@@ -183,8 +183,12 @@ def with_ids(member: Member, sample: NDArray[np.str_], label: NDArray[np.int64])
     """The member with the ids of a split that it lists in order, and with the split's labels.
 
     Raises:
-        UserError: another number of samples, or ids that the split does not have.
+        UserError: another number of samples, ids that the split does not have, or labels beyond the classes of the scores.
     """
+    scores = next(given for given in (member.probability, member.logit) if given is not None)
+    if label.size and label.max() >= scores.shape[1]:
+        raise UserError(f"Expected --data with the {scores.shape[1]} classes of {member.name}. Got the label {label.max()}; "
+                        "name the archive that it was made on.")
     if member.sample is None:
         if len(member) != len(sample):
             raise UserError(f"Expected {member.name} to have the {len(sample)} samples of the split. Got "

@@ -160,7 +160,7 @@ def listing(runs: Sequence[Run], root: Path, known: Mapping[str, Entry]) -> list
 
     found: dict[str, Status] = {r.name: status(r, root) for r in runs}
     for name, entry in known.items():
-        if found[name].state == "missing":
+        if found[name].state in ("missing", "other"):
             found[name] = Status("recorded", top1=entry["test"]["top1"])
     width = max(len(name) for name in found)
     lines = []
@@ -170,7 +170,7 @@ def listing(runs: Sequence[Run], root: Path, known: Mapping[str, Entry]) -> list
         error = now.error.splitlines()[-1] if now.error else ""
         lines.append(f"{now.state:<9} {name:<{width}}  {detail}  {error}".rstrip())
     states = [now.state for now in found.values()]
-    order = ("finished", "recorded", "running", "stopped", "failed", "missing")
+    order = ("finished", "recorded", "running", "stopped", "failed", "other", "missing")
     return [*lines, "runs      " + ", ".join(f"{states.count(s)} {s}" for s in order if s in states) + f" of {len(states)}"]
 
 

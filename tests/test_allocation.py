@@ -69,7 +69,7 @@ def test_budgets_are_used_up_and_not_overrun(rule: str, text: str) -> None:
     costs = given_to.costs
     share = shares(costs, need(costs))[rule]
     if budget.value < given_to.cost(budget.kind, given_to.lowest):
-        with pytest.raises(UserError, match="--budget of at least"):
+        with pytest.raises(UserError, match="--budget to leave at least"):
             given_to.within(share, budget)
         return
     counts = given_to.within(share, budget)

@@ -166,8 +166,9 @@ def test_a_choice_before_the_first_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("changed", "message"), [
-    ({"budget": "0.1%"}, "--budget of at least"), ({"budget": "1kB"}, "--budget of at least"),
-    ({"budget": "1us"}, "--budget of at least"), ({"budget": "90MB"}, "--sparsity 0"), ({"budget": "1s"}, "--sparsity 0"),
+    ({"budget": "0.1%"}, "--budget to leave at least"), ({"budget": "1kB"}, "--budget to leave at least"),
+    ({"budget": "1us"}, "--budget to leave at least"), ({"budget": "90MB"}, "--sparsity 0"), ({"budget": "1s"}, "--sparsity 0"),
+    ({"sparsity": 0.999, "density": "auto"}, "--sparsity to leave at least"),
     ({"budget": None}, "--budget together"), ({"budget": "much"}, "--budget to be a number"),
     ({"budget": "5%", "sparsity": 0.9}, "--budget together"), ({"budget": "5%", "density": "erk"}, "--density erk"),
     ({"budget": "5%", "method": "predefined", "mask_file": "m.npz"}, "--mask-file"),
@@ -177,6 +178,20 @@ def test_what_cannot_be_is_said_before_anything_is_written(changed: dict[str, An
     with pytest.raises(UserError, match=message):
         start(tmp_path, "bad", **{**AUTO, **changed})
     assert not (tmp_path / "bad").exists()
+
+
+def test_points_need_sequences_to_hold_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "HELD_OUT", 1000)
+    with pytest.raises(UserError, match="--budget 2 points with a class of at least"):
+        start(tmp_path, "bad", **{**AUTO, "budget": "2 points"})
+    assert not (tmp_path / "bad").exists()
+
+
+def test_a_rule_whose_trial_diverged_is_not_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([float("nan"), 2.0, 1.0])
+    monkeypatch.setattr(trial, "trained_loss", lambda *_: next(losses, 3.0))
+    result, _ = finish(tmp_path, budget="20%")
+    assert result["auto"]["rule"] == list(result["auto"]["trial_loss"])[2]
 
 
 def test_the_configuration_reads_auto(tmp_path: Path) -> None:

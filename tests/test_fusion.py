@@ -192,6 +192,8 @@ def test_a_split_gives_ids_and_labels(tmp_path: Path) -> None:
     fused = fuse([pyskl, ctrgcn])
     np.testing.assert_allclose(fused.probability, (s.probability + scores(1).probability) / 2, rtol=1e-5)
     np.testing.assert_array_equal(fused.label, s.label)
+    with pytest.raises(UserError, match="--data with the .* classes of .*result.pkl. Got the label 99"):
+        with_ids(pyskl, s.sample, np.where(s.label == 0, 99, s.label))
     with pytest.raises(UserError, match="to have the 11 samples of the split"):
         with_ids(read(tmp_path / "result.pkl"), s.sample[1:], s.label[1:])
     with pytest.raises(UserError, match=r"Got 's\d\d', which is not"):

@@ -232,6 +232,15 @@ def test_latencies_of_two_machines_or_inputs_are_not_mixed(tmp_path, part, chang
         tradeoff.read_results([tmp_path / "a.json", tmp_path / "other.json"])
 
 
+def test_a_combination_of_seeds_or_streams_is_a_network_of_its_own(tmp_path):
+    fused = {**entry(0.95, 1.0, 8000, seed="all"), "members": ["a", "b"]}
+    found = tradeoff.points([*ENTRIES[:2], fused], tradeoff.size)
+    assert [(point.accuracy, point.cost) for point in found] == [(pytest.approx(0.85), 4.0), (1.0, 8.0)]
+    (tmp_path / "b.json").write_text(json.dumps(BENCH))
+    cost, _ = tradeoff.latency(tradeoff.read_results([tmp_path / "b.json"]))
+    assert cost(ENTRIES[0]) == 10 and cost(fused) is None, "the time of one network is not that of two"
+
+
 def test_latency_is_that_of_the_same_network(tmp_path):
     for name, content in (("sweep.json", {"format": 1, "grid": "g", "entries": ENTRIES}), ("bench.json", BENCH)):
         (tmp_path / name).write_text(json.dumps(content))

@@ -25,11 +25,13 @@ class Budget:
             optimised inference, one sample; ``points``: top-1 accuracy lost against the dense network.
         value: the limit, as a fraction, in bytes, in seconds, or as a fraction (one point is 0.01).
         text: as it was written.
+        option: the flag that set it.
     """
 
     kind: str
     value: float
     text: str
+    option: str = "--budget"
 
     @classmethod
     def parse(cls, text: str) -> Budget:

@@ -60,11 +60,11 @@ class Allocator:
         everything = np.array([layer.num_blocks for layer in self.costs.layers], dtype=float)
         least, most = self.cost(budget.kind, self.lowest), self.cost(budget.kind, everything)
         if budget.value < least:
-            raise UserError(f"Expected --budget of at least {budget.format(least)}, which this network costs with one block "
-                            f"in every row. Got {budget.text}; use smaller blocks, or fewer --base-channels.")
+            raise UserError(f"Expected {budget.option} to leave at least {budget.format(least)}, which this network costs with "
+                            f"one block in every row. Got {budget.text}; use smaller blocks, or fewer --base-channels.")
         if budget.value >= most:
-            raise UserError(f"Expected --budget below {budget.format(most)}, the cost of the dense network. Got "
-                            f"{budget.text}; train that one with --sparsity 0.")
+            raise UserError(f"Expected {budget.option} to leave less than {budget.format(most)}, the cost of the dense "
+                            f"network. Got {budget.text}; train that one with --sparsity 0.")
 
     def _largest(self, counts: Callable[[float], np.ndarray], budget: Budget) -> np.ndarray:
         """By bisection over the target, down to a weight: costs never fall where it rises."""

@@ -18,9 +18,10 @@ from ..checkpoint import write_atomically
 from ..config import TrainConfig
 from ..errors import UserError
 from ..metrics import expected_calibration_error
+from ..options import read_mapping
 from ..scores import Scores
 from .grid import DENSE_ANYWAY, Combine, Grid, Run
-from .runner import data_name, status
+from .runner import data_name, differences, status
 
 __all__ = ["Entry", "collect", "columns", "confidence", "matches", "read", "read_history", "recorded", "write"]
 
@@ -29,6 +30,7 @@ FORMAT = 1
 QUANTILES = 1000
 # Where a run was computed; of "data" the name of the file alone is kept.
 _LEFT_OUT = ("work_dir", "device", "threads", "workers", "tensorboard")
+_NOTHING = ("ema", "init", "fold", "budget", "mask_file")  # None of these is a choice of its own, not one left to the data set
 
 
 def collect(grid: Grid, root: Path, before: Sequence[Entry] = (), kept: Path | None = None) -> list[Entry]:
@@ -44,28 +46,28 @@ def collect(grid: Grid, root: Path, before: Sequence[Entry] = (), kept: Path | N
     scores: dict[str, Scores] = {}
     for run in grid.runs:
         needed = kept is not None and any(run.config.to_dict()[c.over] in c.values for c in grid.combine)
-        file = root / run.name / "scores.npz"
         if status(run, root).state == "finished":
-            made[run.name] = _entry(run, root / run.name)
-            scores[run.name] = Scores.load(file)
+            made[run.name], scores[run.name] = _entry(run, root / run.name)
             if needed and kept is not None:
                 kept.mkdir(parents=True, exist_ok=True)
-                write_atomically(kept / f"{run.name}.npz", file.read_bytes())
+                write_atomically(kept / f"{run.name}.npz", (root / run.name / "scores.npz").read_bytes())
         elif entry := recorded(run, before):
-            made[run.name] = {**_current(entry), "config": _whole(entry["config"])}
+            made[run.name] = _current(entry)
             if needed and kept is not None and (kept / f"{run.name}.npz").exists():
-                scores[run.name] = _kept_scores(kept / f"{run.name}.npz", entry)
-    combinations = {entry["name"]: entry for entry in before if "members" in entry}
+                scores[run.name] = _own_scores(kept / f"{run.name}.npz", entry,
+                                               f"remove the file, or run {run.name} again with --again")
     for combine in grid.combine:
         for members in _groups(combine, list(made.values())):
             names = [member["name"] for member in members]
             name = f"{combine.name}({'+'.join(names)})"
             if scores.keys() >= set(names):
                 made[name], scores[name] = _combined(name, combine, members, [scores[member] for member in names])
-            elif name in combinations:  # the scores of its members are elsewhere
-                made[name] = _current(combinations[name])
+            elif entry := _combined_before(name, combine, members, before):  # the scores of its members are elsewhere
+                made[name] = _current(entry)
     place = {run.name: index for index, run in enumerate(grid.runs)}
-    former = [{**entry, "former": True} for entry in before if entry["name"] not in made]
+    # An entry of the same name with other options stays, too: nothing that was measured is lost.
+    former = [{**entry, "former": True} for entry in before
+              if entry["name"] not in made or _whole(entry["config"]) != made[entry["name"]]["config"]]
     return [*sorted(made.values(), key=lambda entry: place.get(entry["name"], len(place))), *former]
 
 
@@ -78,10 +80,11 @@ def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _current(entry: Entry) -> Entry:
-    return {key: value for key, value in entry.items() if key != "former"}
+    return {**{key: value for key, value in entry.items() if key != "former"}, "config": _whole(entry["config"])}
 
 
-def _kept_scores(path: Path, entry: Entry) -> Scores:
+def _own_scores(path: Path, entry: Entry, remedy: str) -> Scores:
+    """The scores of a run's own test, which another test may have overwritten."""
     try:
         scores = Scores.load(path)
     except ValueError as error:
@@ -89,7 +92,7 @@ def _kept_scores(path: Path, entry: Entry) -> Scores:
     top1 = scores.metrics()["top1"]
     if abs(top1 - entry["test"]["top1"]) > 1e-9:
         raise UserError(f"Expected {path} to hold the scores of the recorded run, top-1 {entry['test']['top1']:.4f}. "
-                        f"Got top-1 {top1:.4f}; remove the file, or run {entry['name']} again with --again.")
+                        f"Got top-1 {top1:.4f}; {remedy}.")
     return scores
 
 
@@ -102,10 +105,17 @@ def matches(entry: Entry, wanted: Mapping[str, Any]) -> bool:
 
 def recorded(run: Run, entries: Sequence[Entry]) -> Entry | None:
     """The entry of a run that was finished here or elsewhere, if its options and its data set are still those of the grid."""
-    wanted = {key: value for key, value in run.config.to_dict().items() if value is not None and key not in _LEFT_OUT}
+    return next((e for e in entries if e["name"] == run.name and "members" not in e and _is_of(run, e)), None)
+
+
+def _is_of(run: Run, entry: Entry) -> bool:
+    if (options := entry.get("options")) is not None:
+        return not differences(options, run, Path(entry["name"]))
+    # An older version wrote down what the options came to, not what was asked for.
+    wanted = {key: value for key, value in run.config.to_dict().items()
+              if key not in _LEFT_OUT and (value is not None or key in _NOTHING)}
     wanted["data"] = data_name(run.config.data)
-    return next((e for e in entries if e["name"] == run.name and "members" not in e
-                 and wanted.items() <= _whole(e["config"]).items()), None)
+    return wanted.items() <= _whole(entry["config"]).items()
 
 
 def confidence(scores: Scores) -> dict[str, Any]:
@@ -172,15 +182,18 @@ def read(path: Path) -> list[Entry]:
         raise UserError(f"Expected {path} to hold the results of a sweep. Got: {error}.") from error
 
 
-def _entry(run: Run, work_dir: Path) -> Entry:
+def _entry(run: Run, work_dir: Path) -> tuple[Entry, Scores]:
     result = json.loads((work_dir / "result.json").read_text())
     config = _whole({key: value for key, value in result["config"].items() if key not in _LEFT_OUT})
     config["data"] = data_name(config["data"])
+    scores = _own_scores(work_dir / "scores.npz", result, f"python -m sparse_stgcn.evaluate {work_dir} makes them again")
     test = {key: result["test"][key] for key in ("top1", "top5", "mean_class", "samples")}
-    return {"name": run.name, "config": config, "test": test,
-            "confidence": confidence(Scores.load(work_dir / "scores.npz")),
-            "weights": result["weights"], "bytes": result["file"]["bytes"], "seconds": result["seconds"],
-            "environment": result["environment"], "history": columns(result["history"])}
+    file = work_dir / "options.yaml"
+    options = {"options": read_mapping(file)} if file.exists() else {}
+    entry = {"name": run.name, **options, "config": config, "test": test,
+             "confidence": confidence(scores), "weights": result["weights"], "bytes": result["file"]["bytes"],
+             "seconds": result["seconds"], "environment": result["environment"], "history": columns(result["history"])}
+    return entry, scores
 
 
 def _groups(combine: Combine, entries: Sequence[Entry]) -> Iterator[list[Entry]]:
@@ -192,21 +205,39 @@ def _groups(combine: Combine, entries: Sequence[Entry]) -> Iterator[list[Entry]]
         same = {key: value for key, value in entry["config"].items() if key != combine.over}
         found = [entry if value == anchor else next((e for e in entries if matches(e, {**same, combine.over: value})), None)
                  for value in combine.values]
-        if all(member is not None for member in found):
-            yield [member for member in found if member is not None]
+        members = [member for member in found if member is not None]
+        # A dense run has any value of what it does not depend on, but is no company for itself.
+        if len({member["name"] for member in members}) == len(combine.values):
+            yield members
+
+
+def _shown(combine: Combine, members: Sequence[Entry]) -> dict[str, Any]:
+    """What all members of a combination have, under its own name where they differ."""
+    like = next((member for member in members if member["config"]["sparsity"] != 0), members[0])
+    return {**like["config"], combine.over: combine.name}
+
+
+def _combined_before(name: str, combine: Combine, members: Sequence[Entry], before: Sequence[Entry]) -> Entry | None:
+    """The entry of such a combination of such members that was made where their scores are."""
+    fused = _fused(combine)
+    return next((entry for entry in before if entry["name"] == name and _whole(entry["config"]) == _shown(combine, members)
+                 and entry.get("fused", fused) == fused), None)
+
+
+def _fused(combine: Combine) -> dict[str, Any]:
+    return {"weights": None if combine.weights is None else list(combine.weights), "on": combine.on}
 
 
 def _combined(name: str, combine: Combine, members: Sequence[Entry], scores: Sequence[Scores]) -> tuple[Entry, Scores]:
     files = [fusion.Member(member["name"], s.sample, s.label, s.probability, s.logit)
              for member, s in zip(members, scores, strict=True)]
     fused = fusion.fuse(files, combine.weights, combine.on)
-    shown = next((member for member in members if member["config"]["sparsity"] != 0), members[0])
     dense, kept = members[0]["weights"], [member["weights"] for member in members]
     weights = {"maskable": dense["maskable"], "maskable_kept": sum(w["maskable_kept"] for w in kept),
                "all": dense["all"], "all_kept": sum(w["all_kept"] for w in kept)}
     weights |= {f"{key}_kept_fraction": weights[f"{key}_kept"] / weights[key] for key in ("maskable", "all")}
-    entry = {"name": name, "config": {**shown["config"], combine.over: combine.name},
-             "members": [member["name"] for member in members],
+    entry = {"name": name, "config": _shown(combine, members), "members": [member["name"] for member in members],
+             "fused": _fused(combine),
              "test": {**fused.metrics(), "samples": len(fused.label)}, "confidence": confidence(fused),
              "weights": weights, "bytes": sum(member["bytes"] for member in members)}
     return entry, fused

@@ -18,7 +18,7 @@ def draw(grid: Grid, entries: Sequence[Entry], out: Path) -> list[Path]:
     """Draw each figure that has data into ``out``; without matplotlib a warning, and none."""
     drawn: list[Path] = []
     for name, wanted in grid.figures.items():
-        chosen = [entry for entry in entries if matches(entry, wanted.get("where", {}))]
+        chosen = [entry for entry in entries if matches(entry, wanted.get("where") or {})]
         if not chosen:
             continue
         try:
@@ -41,7 +41,7 @@ def _lines(wanted: Mapping[str, Any], entries: Sequence[Entry]) -> Any:
         if x == "sparsity" and place == 0:
             dense.append(value)
         elif isinstance(place, (int, float)):
-            points.setdefault(_name(wanted, entry["config"][line]), {}).setdefault(place, []).append(value)
+            points.setdefault(_name(wanted, line, entry["config"][line]), {}).setdefault(place, []).append(value)
     return plots.lines(points, x, title=wanted.get("title", ""), dense=dense)
 
 
@@ -49,22 +49,23 @@ def _curves(wanted: Mapping[str, Any], entries: Sequence[Entry]) -> Any:
     histories: dict[str, list[Any]] = {}
     for entry in entries:
         if "history" in entry:
-            histories.setdefault(_name(wanted, entry["config"][wanted["lines"]]), []).append(entry["history"])
+            histories.setdefault(_name(wanted, wanted["lines"], entry["config"][wanted["lines"]]), []).append(entry["history"])
     return plots.curves(histories, wanted.get("title", ""))
 
 
 def _violins(wanted: Mapping[str, Any], entries: Sequence[Entry]) -> Any:
     values: dict[str, list[float]] = {}
     for entry in sorted(entries, key=lambda e: str(e["config"][wanted["over"]])):
-        values.setdefault(_name(wanted, entry["config"][wanted["over"]]), []).extend(entry["confidence"]["max_probability"])
+        name = _name(wanted, wanted["over"], entry["config"][wanted["over"]])
+        values.setdefault(name, []).extend(entry["confidence"]["max_probability"])
     return plots.violins(values, wanted.get("title", ""))
 
 
-def _name(wanted: Mapping[str, Any], value: Any) -> str:
-    """How a value is called in the legend: as ``names`` says, or as it is."""
-    if value in (names := wanted.get("names", {})):
+def _name(wanted: Mapping[str, Any], key: str, value: Any) -> str:
+    """How a value of ``key`` is called in the legend: as ``names`` says, or as it is."""
+    if value in (names := wanted.get("names") or {}):
         return str(names[value])
-    return ("dense" if value == 0 else f"{value:g}") if isinstance(value, float) else str(value)
+    return ("dense" if value == 0 and key == "sparsity" else f"{value:g}") if isinstance(value, float) else str(value)
 
 
 KINDS = {"lines": _lines, "curves": _curves, "violins": _violins}

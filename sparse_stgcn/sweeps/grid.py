@@ -26,7 +26,7 @@ import yaml
 
 from ..config import TrainConfig
 from ..errors import UserError, one_of
-from ..fusion import parse_weights
+from ..fusion import KINDS, parse_weights
 
 __all__ = ["DENSE_ANYWAY", "Combine", "Grid", "Run", "Table"]
 
@@ -104,6 +104,11 @@ class Grid:
         runs = tuple(_unique(_expand(content.get("train") or {}, content["runs"], path)))
         combine = tuple(_combine(entry, runs, path) for entry in content.get("combine") or ())
         tables = tuple(_table(name, entry, path) for name, entry in (content.get("tables") or {}).items())
+        for table, mixed in itertools.product(tables, combine):
+            if mixed.over in table.average:
+                raise UserError(f"Expected table {table.name} in {path} not to average over {mixed.over}, which {mixed.name} "
+                                f"combines. Got average: {list(table.average)}; leave {mixed.over} out, and make it a row or "
+                                "the columns.")
         figures = content.get("figures") or {}
         for name, figure in figures.items():
             _check_figure(name, figure, path)
@@ -117,6 +122,8 @@ def _expand(common: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], pat
         for key in (*common, *entry):
             if key in _SET_ELSEWHERE:
                 raise UserError(f"Expected {path} without {key}, which the sweep sets. Remove it.")
+        if empty := [key for key, value in entry.items() if value == []]:
+            raise UserError(f"Expected values of {empty[0]} in {path}. Got an empty list; remove the key, or the entry.")
         axes = [[(key, v) for v in (value if isinstance(value, list) else [value])] for key, value in entry.items()]
         for options in itertools.product(*axes):
             config = TrainConfig.from_mapping({**common, **dict(options)}, path)
@@ -157,14 +164,23 @@ def _label(key: str, value: Any) -> str:
 
 
 def _combine(entry: Mapping[str, Any], runs: Sequence[Run], path: Path) -> Combine:
-    given = _keys(entry, "combine", {"name", "over", "values"}, {"weights"}, path)
+    given = _keys(entry, "combine", {"name", "over", "values"}, {"weights", "on"}, path)
     over = _option(given["over"], path)
-    _a(list, given["values"], "values of 'combine'", path)
+    if not _a(list, given["values"], "values of 'combine'", path):
+        raise UserError(f"Expected values of combine {given['name']} in {path} to be a list of {over}. Got an empty one.")
     values = tuple(getattr(TrainConfig.from_mapping({over: value}, path), over) for value in given["values"])
     known = {getattr(run.config, over) for run in runs}
     if missing := [value for value in values if value not in known]:
         raise UserError(f"Expected each value of combine {given['name']} to be a {over} of some run. Got {missing[0]!r}.")
-    weights, on = parse_weights(str(given.get("weights", "equal")), len(values))
+    asked = given.get("weights", "equal")
+    if isinstance(asked, int):  # 2:2:1:1 without quotes is a number to the base of 60 in YAML
+        raise UserError(f"Expected weights of combine {given['name']} in {path} to be a text or a list. Got the number "
+                        f"{asked}; put them in quotes, or in brackets.")
+    weights, on = parse_weights(",".join(map(str, asked)) if isinstance(asked, list) else str(asked), len(values))
+    if weights is not None and not (min(weights) >= 0 and 0 < sum(weights) < float("inf")):
+        raise UserError(f"Expected weights of combine {given['name']} in {path} to be numbers >= 0, not all 0. Got {asked}.")
+    on = str(given.get("on", on))
+    one_of(f"on of combine {given['name']} in {path}", on, KINDS)
     return Combine(str(given["name"]), over, values, weights, on)
 
 

@@ -25,7 +25,7 @@ from ..options import read_mapping
 from ..work_dir import Lock, is_taken, take
 from .grid import Run
 
-__all__ = ["Machine", "Status", "check", "data_name", "drive", "processors", "status"]
+__all__ = ["Machine", "Status", "changes", "check", "data_name", "differences", "drive", "processors", "status"]
 
 GRACE = 60.0  # seconds that a process has to end after an interrupt; it has nothing to write then
 # Where a run is computed is no part of what it is.
@@ -70,7 +70,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class Status:
-    """State of a run: finished, recorded (elsewhere), running, failed (with its last words), stopped or missing; its epochs."""
+    """State of a run: finished, recorded (elsewhere), running, failed (with its last words), stopped, missing, or other (its
+    directory was made with other options); its epochs."""
 
     state: str
     done: int = 0
@@ -82,6 +83,8 @@ class Status:
 def status(run: Run, root: Path) -> Status:
     """What the work directory of a run says."""
     work_dir = root / run.name
+    if changed := changes(run, work_dir):
+        return Status("other", error=f"{work_dir} has another {', '.join(changed)}")
     if (work_dir / "result.json").exists():
         result = json.loads((work_dir / "result.json").read_text())
         return Status("finished", len(result["history"]), len(result["history"]), result["test"]["top1"])
@@ -104,17 +107,24 @@ def check(runs: Sequence[Run], machine: Machine) -> None:
             raise UserError(f"Expected the grid's data at {archive}. Got nothing there; name the directory that holds it "
                             "with --data, or in the environment variable SPARSE_STGCN_DATA.")
     for run in runs:
-        recorded = machine.root / run.name / "options.yaml"
-        if recorded.exists():
-            given = read_mapping(recorded)
-            there = TrainConfig.from_mapping(given, recorded)
-            changed = [f.name for f in fields(there) if f.name not in _FREE
-                       and getattr(there, f.name) != getattr(run.config, f.name)]
-            # An older version did not write down the data set.
-            changed += ["data"] if "data" in given and data_name(there.data) != data_name(run.config.data) else []
-            if changed:
-                raise UserError(f"Expected {recorded.parent} to hold a run of this grid. Got one with another "
-                                f"{', '.join(changed)}; move the directory away, or name another one with --runs.")
+        if changed := changes(run, machine.root / run.name):
+            raise UserError(f"Expected {machine.root / run.name} to hold a run of this grid. Got one with another "
+                            f"{', '.join(changed)}; move the directory away, or name another one with --runs.")
+
+
+def changes(run: Run, work_dir: Path) -> list[str]:
+    """The options that a run's directory was made with and the grid has otherwise; none where nothing was begun."""
+    recorded = work_dir / "options.yaml"
+    return differences(read_mapping(recorded), run, recorded) if recorded.exists() else []
+
+
+def differences(options: Mapping[str, Any], run: Run, source: Path) -> list[str]:
+    """The options of a run, as ``options.yaml`` has them, that the grid has otherwise; where it is computed does not count."""
+    there = TrainConfig.from_mapping(options, source)
+    changed = [f.name for f in fields(there)
+               if f.name not in _FREE and getattr(there, f.name) != getattr(run.config, f.name)]
+    # An older version did not write down the data set.
+    return changed + (["data"] if "data" in options and data_name(there.data) != data_name(run.config.data) else [])
 
 
 def data_name(data: str | None) -> str | None:

@@ -97,6 +97,8 @@ def names(entries: Sequence[Entry]) -> list[tuple[str, str]]:
     for entry in entries:
         config, level = entry["config"], entry["config"]["sparsity"]
         values = [config.get(key) for key in varied if _has(entry, key)]
+        # A combination of seeds or folds is no run of its members' network.
+        values += [config[key] for key in ("seed", "fold") if isinstance(config.get(key), str)]
         found.append((", ".join(str(value) for value in values if value is not None),
                       level if isinstance(level, str) else f"{level:g}" if level else "dense"))
     return found
@@ -132,6 +134,8 @@ def latency(results: Results, batch: int = 1) -> tuple[Cost, str]:
     rows = [row for row in rows if (row["batch"], row["threads"]) == (batch, threads)]
 
     def milliseconds(entry: Entry) -> float | None:
+        if "members" in entry:  # several networks
+            return None
         config = entry["config"]
         mine = [row for row in rows if row["subject"] == config["backbone"] and (
             not row["sparsity"] if config["sparsity"] == 0 else

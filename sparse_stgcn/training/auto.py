@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -140,7 +141,7 @@ class Automatic(TwoStage):
         rules = shares(costs, need)
         counts = {name: self._within(share) for name, share in rules.items()}
         losses = {name: trial.trained_loss(trainer, self._patterns(option), STEPS) for name, option in counts.items()}
-        winner = min(losses, key=lambda name: losses[name])
+        winner = min(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))  # NaN: the trial diverged
         lost: dict[float, float] = {}
         chosen = self._sparsest(rules[winner], budget.value, lost) if budget.kind == "points" else None
         points = [self._point(name, option, need, losses[name], chosen=chosen is None and name == winner)

@@ -34,6 +34,7 @@ from .distributed import World
 from .kept import KeptStates, writing
 from .loop import Trainer
 from .report import Report
+from .trial import HELD_OUT, held_out
 
 __all__ = ["Run", "network", "open_archive", "open_whole", "prepare", "start_from", "test_set", "times", "with_part",
            "write_json", "write_results"]
@@ -154,6 +155,10 @@ def prepare(config: TrainConfig, report: Report | None = None) -> Run:
     full = resolve(config, archive)
     train_set = dataset(full, archive, "train", train=True)
     archive.check_classes("train")
+    if full.automatic and full.limit().kind == "points" and not len(held_out(train_set)[1]):
+        raise UserError(f"Expected --budget {full.budget} with a class of at least {HELD_OUT} training sequences, of which one "
+                        f"is held out. Got {len(train_set)} of {len(archive.label_names)} classes; name a budget in %, kB "
+                        "or ms.")
     quick_test = test_set(replace(full, eval_clips=1), archive)
     set_up_torch(full)
     model = network(full, archive)

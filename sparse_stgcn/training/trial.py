@@ -24,7 +24,7 @@ from ..sparsity import compact, maskable_convs
 from .loop import Trainer
 from .report import Report
 
-__all__ = ["HeldOut", "batches", "held_out", "patterns", "sparsest", "trained_loss"]
+__all__ = ["HELD_OUT", "HeldOut", "batches", "held_out", "patterns", "sparsest", "trained_loss"]
 
 EPOCH = 1 << 20  # first epoch of the clips of trials
 HELD_OUT = 5  # the last of every so many training sequences of a class is held out
