@@ -213,8 +213,8 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], new_head: bool) -> None
 def _advice(state: Mapping[str, Tensor]) -> str:
     """What the model should have been, by the look of the keys."""
     name = next((name for part, name in _TELLTALES.items() if any(part in key for key in state)), None)
-    if name is None:
-        return "it is of another network."
+    if name is None or (name == "stgcn" and any(".tcn.branches." in key for key in state)):
+        return "it is of another network."  # ST-GCN++, say
     arguments = [f"{name!r}"]
     if name == "aagcn":
         arguments.append(f"attention={any('.conv_ta.' in key for key in state)}")

@@ -117,8 +117,12 @@ def _example(asked: ExportConfig, model: nn.Module, meta: dict[str, Any]) -> Ten
     from . import portable
 
     backbone, protocol = next(iter(getattr(model, "members", [model]))).backbone, meta.get("protocol") or {}
-    persons = asked.persons or backbone.num_person or protocol.get("num_person") or 2
-    frames = asked.frames or protocol.get("clip_len") or 100
+    persons = asked.persons
+    if persons is None:
+        persons = backbone.num_person or protocol.get("num_person") or 2
+    frames = asked.frames
+    if frames is None:
+        frames = max(protocol.get("clip_len") or 100, portable.LEAST_FRAMES)
     if frames < portable.LEAST_FRAMES or persons < 1 or backbone.num_person not in (None, persons):
         raise UserError(f"Expected --frames of at least {portable.LEAST_FRAMES} and --persons of "
                         f"{backbone.num_person or 'at least 1'}. Got {frames} and {persons}.")

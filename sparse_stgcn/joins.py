@@ -106,7 +106,7 @@ def sum_over_graphs(convs: Sequence[SparseConv2d], x: Tensor, graphs: Tensor) ->
         return F.conv2d(graph_product(x, graphs), weight, offset)
     if watched or patterns is None or len({pattern.block for pattern in patterns}) > 1:
         batch, channels, frames, joints = x.shape
-        rows, parts = x.reshape(batch, -1, joints), zip(convs, graphs.unbind(1), strict=True)
+        rows, parts = x.flatten(1, 2), zip(convs, graphs.unbind(1), strict=True)
         return reduce(add, (conv(torch.bmm(rows, graph).view(batch, channels, frames, joints)) for conv, graph in parts))
     pattern, order, inverse = _stack(patterns)
     values = _Reordered.apply(torch.cat([conv.live().values for conv in convs]), order, inverse)  # type: ignore[union-attr]

@@ -36,7 +36,7 @@ Patterns = Mapping[str, BlockPattern]
 
 @dataclass(frozen=True)
 class Recipe:
-    """The arguments of ``sparsify`` from which a mask follows on any machine, whatever the weights are."""
+    """The arguments of ``masks.draw`` from which a mask follows on any machine, whatever the weights are."""
 
     sparsity: float
     block: tuple[int, int]
@@ -44,11 +44,15 @@ class Recipe:
     density: str = "uniform"
     scope: str = "layer"
     seed: int = 0
+    coordinates: bool = True
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Recipe:
-        """From the metadata of a file. Raises TypeError where ``fields`` are not those of a recipe."""
-        return cls(**{**fields, "block": tuple(fields["block"])})
+        """From the metadata of a file. Raises TypeError where ``fields`` are not those of a recipe.
+
+        A file that says nothing of coordinates is from before masks took care of them.
+        """
+        return cls(**{"coordinates": False, **fields, "block": tuple(fields["block"])})
 
     def draw(self, layers: Sequence[masks.Layer]) -> dict[str, BlockPattern]:
         """The patterns of ``layers``.
@@ -58,7 +62,7 @@ class Recipe:
         """
         if not masks.is_seeded(self.method):
             raise ValueError(f"Expected a recipe with a method that needs a seed alone. Got {self.method!r}.")
-        return masks.draw(layers, self.sparsity, self.method, self.density, self.scope, self.seed)
+        return masks.draw(layers, self.sparsity, self.method, self.density, self.scope, self.seed, coordinates=self.coordinates)
 
 
 def encode(patterns: Patterns, layers: Sequence[masks.Layer], recipe: Recipe | None, coding: str | None = None,

@@ -87,7 +87,8 @@ class Predictor:
             raise UserError(f"Expected label_names for {classes} classes. Got {len(label_names)}.")
         self.inputs, self.label_names, self.batch_size = inputs, tuple(label_names), batch_size
         self._gives_probabilities = isinstance(model, Ensemble)
-        self._device = next(model.parameters()).device
+        parameter = next(model.parameters())
+        self._device, self._dtype = parameter.device, parameter.dtype
         self._network = optimize(model)
         self._keep_clips()
 
@@ -183,7 +184,7 @@ class Predictor:
         for first in range(0, len(clips), self.batch_size):
             made = [self.inputs.preparation.clips(sequence, frames[None]) for sequence, frames in
                     clips[first:first + self.batch_size]]
-            x = torch.from_numpy(made[0] if len(made) == 1 else np.concatenate(made)).to(self._device)
+            x = torch.from_numpy(made[0] if len(made) == 1 else np.concatenate(made)).to(self._device, self._dtype)
             answers += self._network(x).float().cpu().unbind(0)
         return answers
 

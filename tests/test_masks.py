@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_stgcn import BlockPattern
+from sparse_stgcn import BlockPattern, create_model
 from sparse_stgcn.masks import METHODS, Layer, budgets, draw, register
+from sparse_stgcn.pattern_coding import Recipe, decode, encode
+from sparse_stgcn.sparsity import mask_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:iid leaves .* block rows without a weight")
 
@@ -130,6 +132,43 @@ def test_known_pattern_stays_what_it_is() -> None:
     pattern = draw([Layer("conv", (4, 6, 1), (1, 1))], 0.6, seed=7)["conv"]
     assert pattern.blocks()[..., 0].int().tolist() == [
         [1, 0, 0, 0, 1, 0], [1, 0, 1, 0, 1, 0], [1, 0, 1, 0, 1, 0], [0, 1, 0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize(("backbone", "block", "happens"), [
+    ("stgcn", "8x1", True), ("stgcn", "16x1", True), ("stgcn", "1x1", False), ("ctrgcn", "8x1", True), ("ctrgcn", "1x1", True)])
+def test_every_coordinate_of_the_joints_is_read(backbone: str, block: str, happens: bool) -> None:
+    """Where the rows suffice; hidden channels stay to chance, and masks that read all coordinates stay what they were."""
+    found = mask_layers(create_model(backbone, num_classes=5), block, weights=False)
+    found = [layer for layer in found if layer.shape[1] == 3] + [layer for layer in found if layer.shape[1] > 3][:2]
+    first = {layer.name for layer in found if layer.shape[1] == 3 and layer.grid[1] <= layer.grid[0]}
+    assert first
+    blind = 0
+    for seed in range(40):
+        levels = {level: draw(found, level, seed=seed) for level in (0.6, 0.95, 0.99)}
+        for level, patterns in levels.items():
+            before = draw(found, level, seed=seed, coordinates=False)
+            for name, pattern in patterns.items():
+                was_blind = name in first and not bool(before[name].blocks().any(2).any(0).all())
+                blind += was_blind
+                assert name not in first or bool(pattern.blocks().any(2).any(0).all()), (name, level, seed)
+                assert pattern.num_live == before[name].num_live and rows(pattern).tolist() == rows(before[name]).tolist()
+                assert name in first or pattern.digest() == before[name].digest()
+        for name in first:
+            assert not bool((levels[0.99][name].blocks() & ~levels[0.95][name].blocks()).any())
+    assert (blind > 0) == happens, "64 rows read all by themselves, the 8 of CTR-GCN's graphs do not"
+
+
+def test_files_that_say_nothing_of_coordinates_have_the_masks_of_then() -> None:
+    found = mask_layers(create_model("stgcn", num_classes=5, base_channels=64), "8x1", weights=False)
+    then = Recipe(0.95, (8, 1), seed=1, coordinates=False)
+    tensors, description = encode(then.draw(found), found, then)
+    assert description["coding"] == "seed" and not tensors
+    del description["recipe"]["coordinates"]
+    read = decode(tensors, description, found)
+    now = draw(found, 0.95, seed=1)
+    name = found[0].name
+    assert read[name].digest() == then.draw(found)[name].digest() != now[name].digest()
+    assert Recipe(0.95, (8, 1), seed=1).draw(found)[name].digest() == now[name].digest()
 
 
 def test_three_million_weights_in_a_second() -> None:

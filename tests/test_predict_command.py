@@ -236,3 +236,14 @@ def test_the_size_of_the_batches_does_not_matter(trained, predictor, archive):
     small = Predictor.load(trained / "low", batch_size=1)
     assert all(np.array_equal(a.probability, b.probability)
                for a, b in zip(small.batch(arrays), predictor.batch(arrays), strict=True))
+
+
+def test_a_folder_of_archives_is_its_archives(tmp_path):
+    from sparse_stgcn.data.samples import find_files
+
+    for place in ("folder/mine", "folder/.mine.partial", "folder/deep"):
+        (tmp_path / place).mkdir(parents=True)
+        np.save(tmp_path / place / "keypoint.npy", np.zeros((4, 25, 3), np.float32))
+    (tmp_path / "folder" / "mine" / "meta.json").write_text("{}")
+    folder = tmp_path / "folder"
+    assert list(find_files([folder])) == [folder / "deep" / "keypoint.npy", folder / "mine"]

@@ -199,3 +199,18 @@ def test_the_start_does_not_load_the_compiler_of_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     # What is set in place of the decorator is what the decorator sets.
     assert vars(torch.compiler.assume_constant_result(lambda: None)) == vars(gpu_at)
+
+
+def test_joints_that_only_their_case_tells_apart():
+    body = Skeleton.load({"joints": ["hip", "chest", "Chest", "hand"], "edges": [[1, 0], [2, 1], [3, 2]], "root": 0})
+    assert joint_order(body, body) is None
+    turned = Skeleton.load({"joints": ["hip", "Chest", "chest", "HAND"], "edges": [[1, 0], [2, 1], [3, 2]], "root": 0})
+    assert joint_order(turned, body).tolist() == [0, 2, 1, 3]
+
+
+def test_a_network_in_float64_answers(archive, predictor):
+    model = tiny.model()
+    keypoint = sequences(archive)[0]
+    single, double = (Predictor(network, predictor.inputs, predictor.label_names)(keypoint)
+                      for network in (model, copy.deepcopy(model).double()))
+    np.testing.assert_allclose(double.probability, single.probability, atol=TOLERANCE)

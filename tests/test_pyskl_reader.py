@@ -417,3 +417,30 @@ def test_damaged_record_keeps_what_was_done(tmp_path: Path) -> None:
         write_archive(PysklSource(path), tmp_path / "out")
     assert (tmp_path / ".out.partial" / "records.jsonl").read_text().count("\n") == 9
     assert not (tmp_path / "out").exists()
+
+
+def test_a_third_coordinate_is_no_confidence(tmp_path: Path) -> None:
+    items = annotations(joints=21)
+    assert items[0]["keypoint"].shape[2:] == (21, 3) and items[0]["keypoint"].min() < 0
+    source = PysklSource(write(tmp_path / "a.pkl", pickled(items)), "handmp")
+    assert source.channels == 3 and not source.has_score
+    for item in items:
+        item["keypoint"][..., 2] = np.abs(item["keypoint"][..., 2]) % 1
+    source = PysklSource(write(tmp_path / "b.pkl", pickled(items)), "handmp")
+    assert source.channels == 2 and source.has_score
+
+
+@pytest.mark.parametrize(("split", "message"), [
+    ({"fold/1_train": ["f0"]}, "names of splits .* 'fold/1_train'"), ({"train": ["nobody"]}, "Got none of them, but 'nobody'")])
+def test_splits_that_would_fail_at_the_end_or_be_empty(tmp_path: Path, split: dict[str, list[str]], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        PysklSource(write(tmp_path / "a.pkl", {**pickled(annotations()), "split": split}))
+
+
+def test_splits_may_list_file_names(tmp_path: Path) -> None:
+    items = annotations(4)
+    for i, item in enumerate(items):
+        item["frame_dir"], item["filename"] = f"dir{i}", f"file{i}.avi"
+    content = {"annotations": items, "split": {"train": ["file0.avi", "file1.avi"], "val": ["dir2", "dir3"]}}
+    a = write_archive(PysklSource(write(tmp_path / "a.pkl", content)), tmp_path / "out")
+    assert a.splits["train"].tolist() == [True, True, False, False] and a.splits["val"].tolist() == [False, False, True, True]

@@ -259,3 +259,19 @@ def test_other_folders_above_the_classes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="Got none"):
         ArraysSource(tmp_path / "empty", LAYOUT)
+
+
+def test_a_sequence_as_npy_and_json_is_listed_twice(tmp_path: Path) -> None:
+    path = tree(tmp_path / "mine")
+    (path / "bow" / "s0.json").write_text(json.dumps(sequence(0).tolist()))
+    with pytest.raises(UserError, match="'bow/s0' in one part"):
+        ArraysSource(path, LAYOUT)
+
+
+def test_a_stopped_conversion_goes_on_with_the_same_files_and_labels_only(tmp_path: Path) -> None:
+    path = tree(tmp_path / "mine")
+    first = ArraysSource(path, LAYOUT, label_names=("bow", "wave")).fingerprint()
+    assert ArraysSource(path, LAYOUT, label_names=("bow", "wave")).fingerprint() == first
+    assert ArraysSource(path, LAYOUT, label_names=("wave", "bow")).fingerprint() != first
+    np.save(path / "bow" / "s0.npy", sequence(9, 20, 4, 3))
+    assert ArraysSource(path, LAYOUT, label_names=("bow", "wave")).fingerprint() != first

@@ -92,3 +92,19 @@ def test_wide_blocks_cover_what_was_kept(channels):
 def test_unknown_engines_are_refused():
     with pytest.raises(ValueError, match="engine to be one of fastest, fused"):
         runtime.optimize(network(), engine="tensorrt")
+
+
+def test_a_network_that_is_watched_stays_in_torch():
+    """A hook may change what comes out of a module, and a program would not call it."""
+    model = network(sparsity=0.9).eval()
+    model.backbone.gcn[1].register_forward_hook(lambda module, inputs, y: 0 * y)
+    x = torch.randn(2, 2, 8, 25, 3)
+    assert torch.equal(runtime.optimize(model)(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["stgcn", "aagcn", "ctrgcn", "dgstgcn"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+def test_a_batch_of_nothing(name, sparsity):
+    model = network(name, sparsity).eval()
+    empty = torch.zeros(0, 2, 8, 25, 3)
+    assert model(empty).shape == runtime.optimize(model)(empty).shape == (0, 7)

@@ -73,6 +73,7 @@ def create_model(name: str, num_classes: int, layout: Skeleton | str | Path | Ma
     try:
         network = backbone(skeleton, in_channels, **kwargs)
     except ZeroDivisionError as error:  # a width divided by the number of its branches, or of its embeddings
-        raise ValueError(f"Expected base_channels that the branches of {name} can share. Got {kwargs.get('base_channels')}; "
-                         "choose a multiple of 16.") from error
+        times = f" (and ratio {kwargs['ratio']}, by which it is multiplied)" if "ratio" in kwargs else ""
+        raise ValueError(f"Expected base_channels that the branches of {name} can share. Got {kwargs.get('base_channels', 64)}"
+                         f"{times}; choose a multiple of 16{', or a larger ratio' if times else ''}.") from error
     return Recognizer(network, num_classes, dropout, config)

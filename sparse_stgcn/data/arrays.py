@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..skeleton import Skeleton, layouts
-from .source import Record, Source
+from .source import Record, Source, state_of
 from .storage import DAMAGED, one_line
 
 _PARTS = ("train", "val", "test")
@@ -84,7 +84,8 @@ class ArraysSource(Source):
 
     def fingerprint(self) -> str:
         files = [str(e.get("file", i)) for i, e in enumerate(self.entries)]
-        return repr((super().fingerprint(), self.order, self.image, files))
+        state = state_of(self._file(entry) for entry in self.entries if "file" in entry)
+        return repr((super().fingerprint(), self.order, self.image, self.label_names, files, state))
 
     def record(self, index: int) -> Record:
         entry = self.entries[index]
@@ -115,10 +116,11 @@ class ArraysSource(Source):
             if "keypoint" in entry:
                 continue
             part = str(entry.get("split", ""))
-            file = os.path.normpath(str(entry["file"]))
+            # In a folder NAME.npy and NAME.json are one sequence twice.
+            file = entry["sample"] if self.path.is_dir() else os.path.normpath(str(entry["file"]))
             before = first.setdefault((file, part.rpartition("_")[0]), index)
             other = str(self.entries[before].get("split", ""))
-            if before != index and (not divided or part != other):
+            if before != index and (not divided or part != other or self.path.is_dir()):
                 parts = f"{other!r} and {part!r}" if divided else "none, so that one may train and one test"
                 raise UserError(f"Expected '{file}' in one part of '{self.path}'. Got sequences {before} and {index} of it, "
                                 f"with split {parts}; list it once, or give both the same split.")

@@ -13,13 +13,17 @@ __all__ = ["joint_order"]
 def joint_order(source: Skeleton, target: Skeleton) -> np.ndarray | None:
     """(V of target,) where in ``source`` each joint of ``target`` is; None if the two have the same joints in the same order.
 
-    Names match whatever their case, "_" and "-" are; joints that only ``source`` has are left out.
+    Names match whatever their case, "_" and "-" are, but the same name before all others; joints that only ``source`` has are
+    left out.
 
     Raises:
         UserError: ``target`` has a joint that ``source`` does not name.
     """
-    have = {plain_name(name): i for i, name in enumerate(source.joints)}
-    want = [plain_name(name) for name in target.joints]
+    if source.joints == target.joints:
+        return None
+    have = {plain_name(name): i for i, name in reversed(list(enumerate(source.joints)))}
+    have |= {name: i for i, name in enumerate(source.joints)}
+    want = [name if name in source.joints else plain_name(name) for name in target.joints]
     missing = [joint for joint, name in zip(target.joints, want, strict=True) if name not in have]
     if missing:
         raise UserError(f"Expected layout to name all joints of '{target.name}', which the network was trained on. Got layout "

@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import UserError
 from ..skeleton import Skeleton
 from .pyskl import _describe, _parts
-from .source import LeftOut, Record, Source, layout_for
+from .source import LeftOut, Record, Source, layout_for, state_of
 from .storage import one_line
 from .unpickle import load_pickle
 
@@ -55,7 +55,8 @@ class KineticsSource(Source):
 
     def fingerprint(self) -> str:
         names = (len(self.files), *(file.relative_to(self.path).as_posix() for file in (self.files[0], self.files[-1])))
-        return repr((type(self).__name__, names, self.skeleton.to_dict(), self.num_persons))
+        return repr((type(self).__name__, names, self.skeleton.to_dict(), self.num_persons, self.label_names,
+                     state_of(self.files)))
 
     def record(self, index: int) -> Record | LeftOut:
         file = self.files[index]

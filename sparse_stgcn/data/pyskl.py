@@ -4,7 +4,7 @@ Format: tools/data/README.md of PYSKL.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class PysklSource(Source):
         self.channels = first.shape[-1]
         self.has_score = self._has_score(self.annotations[0])
         if self.channels == 3 and not self.has_score and first.shape[2] in (17, 18, 21) and layout in (
-                None, "coco", "openpose", "handmp"):
+                None, "coco", "openpose", "handmp") and _confidences(first[..., 2]):
             # 2D joints whose third channel is the score.
             self.channels, self.has_score = 2, True
         self.skeleton = layout_for(first.shape[2], self.channels, layout, f"'{path}'")
@@ -140,7 +140,29 @@ def _parts(content: Any, path: str) -> tuple[list[dict[str, Any]], dict[str, lis
     if not isinstance(splits, dict) or not all(
             isinstance(ids, (list, tuple, set, frozenset, np.ndarray)) for ids in splits.values()):
         raise UserError(f"Expected split of '{path}' to map names to lists of ids. Got {_describe(splits)}.")
-    return annotations, {str(name): [str(i) for i in ids] for name, ids in splits.items()}
+    return annotations, _named(annotations, {str(name): [str(i) for i in ids] for name, ids in splits.items()}, path)
+
+
+def _named(annotations: Sequence[Mapping[str, Any]], split: Mapping[str, list[str]], path: str) -> dict[str, list[str]]:
+    """The splits by the names of the samples; where an annotation has a frame_dir and a filename, a split may list either."""
+    names = {str(a["filename"]): str(a["frame_dir"]) for a in annotations if "filename" in a and "frame_dir" in a}
+    known = {str(a.get("frame_dir", a.get("filename", f"{i:06d}"))) for i, a in enumerate(annotations)}
+    found: dict[str, list[str]] = {}
+    for part, ids in split.items():
+        if "/" in part or part.startswith("."):
+            raise UserError(f"Expected names of splits in '{path}' to be names of files, too. Got {part!r}; rename it.")
+        found[part] = [name if name in known else names.get(name, name) for name in ids]
+    if found and not any(known.intersection(ids) for ids in found.values()):
+        example = next((ids[0] for ids in found.values() if ids), None)
+        raise UserError(f"Expected the splits of '{path}' to list its annotations, by frame_dir or filename. Got none of "
+                        f"them, but {example!r} for example; an annotation is called {min(known)!r}.")
+    return found
+
+
+def _confidences(value: np.ndarray) -> bool:
+    """Whether these can be confidences, of which some detectors' are a little above 1."""
+    finite = value[np.isfinite(value)]
+    return bool(finite.size == 0 or (finite.min() >= 0 and finite.max() <= 1.5))
 
 
 def _describe(value: Any) -> str:

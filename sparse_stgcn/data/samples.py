@@ -37,7 +37,7 @@ Samples = Sequence[tuple[str, Callable[[], Sample]]]
 
 
 def find_files(paths: Sequence[str | Path]) -> Iterator[Path]:
-    """The files that ``paths`` mean: an archive is one, another folder stands for all files in it that can be read.
+    """The files that ``paths`` mean: an archive is one, another folder stands for all in it that can be read, archives too.
 
     Raises:
         UserError: a path does not exist, or a folder has nothing to read.
@@ -46,11 +46,22 @@ def find_files(paths: Sequence[str | Path]) -> Iterator[Path]:
         if not path.exists():
             raise UserError(f"Expected files or folders to predict. Got '{path}', which does not exist.")
         if path.is_dir() and not (path / "meta.json").is_file():
-            found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+            found = sorted(_below(path))
             if not found:
                 raise UserError(f"Expected an archive, or files {', '.join(SUFFIXES)} in '{path}'. Got none.")
             yield from found
         else:
+            yield path
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Archives, and files that can be read outside of them; what is hidden, a half-written archive say, is left out."""
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and not (path / "meta.json").is_file():
+            yield from _below(path)
+        elif path.is_dir() or path.suffix in SUFFIXES:
             yield path
 
 

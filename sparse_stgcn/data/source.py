@@ -1,8 +1,9 @@
 """What a reader of a foreign format offers: records one by one, and what is known about all of them."""
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,12 @@ class Source(ABC):
         parts = (type(self).__name__, stat.st_size, stat.st_mtime_ns, len(self), self.skeleton.to_dict(),
                  self.num_persons, self.channels, str(self.dtype), self.has_score, sorted(self.info.items()))
         return repr(parts)
+
+
+def state_of(files: Iterable[Path]) -> str:
+    """Text that changes when a file's size or its time does; of one that is not there, that it is missing."""
+    stats = [(file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None for file in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
 def layout_for(joints: int, channels: int, layout: Any, where: str) -> Skeleton:

@@ -18,14 +18,15 @@ LEVELS = (0.6, 0.8, 0.95, 0.99)  # the paper's
 
 
 def draw(layers: Sequence[Layer], sparsity: float, method: str = "random", density: Density = "uniform",
-         scope: str = "layer", seed: int = 0, file: str | None = None) -> dict[str, BlockPattern]:
+         scope: str = "layer", seed: int = 0, file: str | None = None, coordinates: bool = True) -> dict[str, BlockPattern]:
     """Choose the live blocks of every layer.
 
     Args:
         sparsity: fraction of the layers' weights that are masked, 0 <= sparsity < 1.
         method: ``random``, balanced: all block rows of a layer keep the same number of blocks up to one, and
-            at least one; ``nested``: the same, and the mask contains those of all sparser of the paper's ``LEVELS``
-            with the same seed, under any density and scope; ``biregular``: block columns keep the same number, too, up to
+            at least one, and a layer that reads the joints (4 inputs or fewer) every coordinate, if its rows suffice;
+            ``nested``: the same, and the mask contains those of all sparser of the paper's ``LEVELS`` with the same
+            seed, under any density and scope; ``biregular``: block columns keep the same number, too, up to
             one, so that as many inputs as possible are read; ``iid``: every block of a pool has the same chance, so
             rows, and with a wide scope layers, may stay empty; ``fan_in``: the authors' pooled scores, which cut
             wide layers first; ``magnitude``: the largest weights; ``predefined``: the masks of ``file``, whose
@@ -37,6 +38,8 @@ def draw(layers: Sequence[Layer], sparsity: float, method: str = "random", densi
             network ``block``, or all layers (``global``).
         seed: patterns are equal for equal seeds, on every machine.
         file: of ``predefined``: see ``masks.predefined.read``.
+        coordinates: False: ``random`` and ``nested`` leave it to chance whether every coordinate is read, as they did in files
+            that do not say so.
 
     Where the floor of one block per row keeps more than a layer's share, the layers of the pool that are
     above the floor give it back evenly; for scope ``layer`` these are all layers of the network. ERK compares
@@ -55,7 +58,7 @@ def draw(layers: Sequence[Layer], sparsity: float, method: str = "random", densi
         raise ValueError(f"Expected file (--mask-file) with method 'predefined' only. Got method {method!r}.")
     denser = [level for level in LEVELS if level > sparsity] if method == "nested" else []
     counts = _counts(layers, [*denser, sparsity], method, density, scope)[float(sparsity)]
-    return _patterns(layers, counts, method, density, scope, int(seed), file)
+    return _patterns(layers, counts, method, density, scope, int(seed), file, coordinates)
 
 
 def draw_levels(layers: Sequence[Layer], levels: Sequence[float] = LEVELS, method: str = "random",
@@ -96,10 +99,10 @@ def _counts(layers: Sequence[Layer], levels: Sequence[float], method: str, densi
 
 
 def _patterns(layers: Sequence[Layer], counts: np.ndarray, method: str, density: Density, scope: str, seed: int,
-              file: str | None) -> dict[str, BlockPattern]:
+              file: str | None, coordinates: bool = True) -> dict[str, BlockPattern]:
     apart = density != "uniform" or scope == "layer"
     exact = [np.array([i]) for i in range(len(layers))] if apart else pools(layers, scope)
-    live = METHODS[method](Plan(layers, counts, exact, seed, file))
+    live = METHODS[method](Plan(layers, counts, exact, seed, file, coordinates))
     if not has_floor(method):
         _warn_of_empty_rows(layers, live, method)
     return {layer.name: BlockPattern.from_blocks(torch.from_numpy(blocks), layer.shape, layer.block)

@@ -13,9 +13,15 @@ from .plan import Layer, Plan, register
 __all__ = ["biregular", "fan_in", "iid", "magnitude", "predefined", "random", "root_mean_square", "top"]
 
 
+COORDINATES = 4  # a layer with no more inputs than these reads joints: x, y, z and perhaps a confidence
+
+
 @register("random", seeded=True)
 def random(plan: Plan) -> list[np.ndarray]:
-    """Balanced: each block row of a layer draws its own positions; rows differ by one block at most."""
+    """Balanced: each block row of a layer draws its own positions; rows differ by one block at most.
+
+    Every coordinate of the joints is read, as ``_read_every_coordinate`` says.
+    """
     live = []
     for layer, count in zip(plan.layers, plan.counts, strict=True):
         rng, (rows, cols, taps) = plan.generator(layer), layer.grid
@@ -24,6 +30,8 @@ def random(plan: Plan) -> list[np.ndarray]:
         widest = per_row + (extra > 0)
         if widest:
             keys = rng.random(chosen.shape)
+            if plan.coordinates:
+                _read_every_coordinate(layer, keys)
             # The smallest keys of a row, the largest of them last; rows without an extra block drop the last.
             order = np.argpartition(keys, widest - 1, axis=1)[:, :widest]
             np.put_along_axis(chosen, order, True, axis=1)
@@ -32,6 +40,27 @@ def random(plan: Plan) -> list[np.ndarray]:
                 chosen[poorer, order[poorer, -1]] = False
         live.append(chosen.reshape(layer.grid))
     return live
+
+
+def _read_every_coordinate(layer: Layer, keys: np.ndarray) -> None:
+    """Let every input of a layer that reads the joints be the first choice of some row; ``keys`` (G, H K), smallest first.
+
+    Of H columns that G rows choose from, H (1 - 1 / H)^G are nobody's first choice: with 8 rows and x, y and z one mask in
+    nine reads no z at all where rows keep one block. A hidden channel is one of many, a coordinate is not. What rows choose
+    first is in every mask of the seed, so that fewer blocks stay a subset of more.
+    """
+    rows, cols, taps = layer.grid
+    if layer.shape[1] > COORDINATES or cols > rows:
+        return
+    best = keys.argmin(1)
+    for column in sorted(set(range(cols)) - set((best // taps).tolist())):
+        first = best // taps
+        spare = np.flatnonzero(np.bincount(first, minlength=cols)[first] > 1)
+        own = keys[spare, column * taps:(column + 1) * taps]
+        row, tap = np.unravel_index(own.argmin(), own.shape)
+        row, chosen = spare[row], column * taps + tap
+        keys[row, [best[row], chosen]] = keys[row, [chosen, best[row]]]
+        best[row] = chosen
 
 
 @register("nested", seeded=True)

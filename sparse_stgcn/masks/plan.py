@@ -67,7 +67,7 @@ class Layer:
 class Plan:
     """What a method has to fulfil: ``counts[l]`` blocks of layer l, which may be shifted within a pool.
 
-    ``file`` is what ``draw`` got, for methods that read their masks.
+    ``file`` is what ``draw`` got, for methods that read their masks, and ``coordinates`` whether every one of them is read.
     """
 
     layers: Sequence[Layer]
@@ -75,6 +75,7 @@ class Plan:
     pools: Sequence[np.ndarray]
     seed: int
     file: str | None = None
+    coordinates: bool = True
 
     def generator(self, layer: Layer) -> np.random.Generator:
         """One stream of numbers per layer: its draw does not depend on which other layers there are."""

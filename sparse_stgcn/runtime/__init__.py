@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import _native
+from ..layers import unwatched
 from ..recognizer import Ensemble, Recognizer
 from .choice import ENGINES
 from .recognizer import PROGRAMS, FusedEnsemble, FusedRecognizer
@@ -63,6 +64,8 @@ def optimize(model: Recognizer | Ensemble, example: Tensor | None = None, engine
 
 
 def _has_program(model: nn.Module) -> bool:
+    if not all(unwatched(module) for module in model.modules()):
+        return False
     parameter = next(model.parameters())
     return _native.module is not None and type(model.backbone) in PROGRAMS and parameter.device.type == "cpu" \
         and parameter.dtype == torch.float32

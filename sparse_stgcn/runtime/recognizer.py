@@ -87,6 +87,8 @@ class FusedRecognizer(nn.Module):
             raise TypeError(f"Expected the network to be float32. Got {self.model.cls_head.fc_cls.weight.dtype}; use .float().")
         frames = keypoint.shape[2]
         if frames not in self.choice:
+            if not len(keypoint):  # an empty batch says nothing about engines: they are timed on one sample
+                keypoint = keypoint.new_zeros(1, *keypoint.shape[1:])
             names = [self.engine] if self.engine in ENGINES else candidates(self.model)
             made = {name: self._make(name, frames) for name in names}
             calls = [(name, engine if name.startswith("torch") else self._call(engine)) for name, engine in made.items()]

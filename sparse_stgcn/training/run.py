@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -338,7 +339,8 @@ def set_up_torch(config: TrainConfig) -> None:
 
 def new_work_dir(config: TrainConfig, archive: Archive, what: str | None = None) -> Path:
     """runs/BACKBONE-DATA-STREAM-WHAT, with a number where that exists; ``what`` is the sparsity by default."""
-    name = f"{config.backbone}-{archive.name}-{config.stream}-{what or config.level}"
+    data = re.sub(r"[^\w.+-]", "_", archive.name)  # a file may call its data set anything
+    name = f"{config.backbone}-{data}-{config.stream}-{what or config.level}"
     path, number = Path("runs") / name, 1
     while path.exists():
         number += 1
