@@ -1,4 +1,4 @@
-"""Levels that were trained together against levels that were trained apart: accuracy, storage and training time."""
+"""Levels inside each other against levels that were trained apart: accuracy, storage and training time."""
 from __future__ import annotations
 
 import json
@@ -11,7 +11,7 @@ from .errors import UserError, validating
 
 __all__ = ["lines", "read_nested", "rows", "to_markdown"]
 
-TOGETHER, APART, AVERAGE = "trained together, ensemble", "trained apart, ensemble", "trained apart, weight average"
+TOGETHER, APART, AVERAGE = "inside each other, ensemble", "trained apart, ensemble", "trained apart, weight average"
 _SAME = ("backbone", "base_channels", "block", "density", "scope", "split", "fold", "stream", "missing", "align", "box",
          "sampler", "sequences", "clip_len", "num_person", "eval_clips")
 _NOT_TRAINING = ("evaluation", "test")
@@ -35,9 +35,11 @@ def read_nested(folder: str, configs: Sequence[TrainConfig]) -> dict[str, Any]:
     if levels != apart:
         raise UserError(f"Expected --nested with the levels of the work directories, {' '.join(apart)}. "
                         f"Got {folder} with {' '.join(levels) or 'none'}.")
+    defaults = TrainConfig()
     for key in _SAME:
-        if config[key] != getattr(configs[0], key):
-            raise UserError(f"Expected --nested to be of the same network and input. Got {key} {config[key]} in {folder} and "
+        found = config.get(key, getattr(defaults, key))  # an older version had not every option
+        if found != getattr(configs[0], key):
+            raise UserError(f"Expected --nested to be of the same network and input. Got {key} {found} in {folder} and "
                             f"{getattr(configs[0], key)} in the work directories.")
     return result
 
@@ -72,14 +74,15 @@ def to_markdown(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What training together loses or gains in points, and its time as a fraction; nothing for no rows."""
+    """What levels inside each other lose or gain in points, and its time as a fraction; nothing for no rows."""
     if not found:
         return []
     together, apart = found[:2]
     points = {"ensemble": 100 * (together["top1"] - apart["top1"]),
               **{level: 100 * (value - apart["levels"][level]) for level, value in together["levels"].items()}}
     best = max(found, key=lambda row: row["top1"])
-    return [f"compared  trained together minus trained apart, points: {', '.join(f'{k} {v:+.2f}' for k, v in points.items())}; "
+    gains = ", ".join(f"{name} {value:+.2f}" for name, value in points.items())
+    return [f"compared  inside each other minus trained apart, points: {gains}; "
             f"training time {together['seconds'] / apart['seconds']:.2f} of it",
             f"best      {best['way']}, {best['top1']:.2%}"]
 

@@ -30,7 +30,7 @@ class MultiLevelConfig(TrainConfig):
 
     The masks are nested, so all levels together store the weights of the widest, plus norms. The sparsest is trained first, and
     each wider one adds weights to it, or every step after the warm-up trains several levels. The other options are those of
-    sparse_stgcn.train; --epochs are those of the level that is trained first.
+    sparse_stgcn.train; with --schedule growing, --epochs are those of the level that is trained first.
     """
 
     levels: tuple[float, ...] = LEVELS

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import torch
 from test_multilevel import batch, everything, interrupted, nested, start
 from test_resume import STEPS, assert_equal
 
-from sparse_stgcn import checkpoint, compact, masks, multilevel
+from sparse_stgcn import checkpoint, compact, masks, multilevel, train
 from sparse_stgcn.config import TrainConfig
-from sparse_stgcn.errors import run
+from sparse_stgcn.errors import TrainingError, UserError, run
+from sparse_stgcn.scores import Scores
 from sparse_stgcn.sparsity import mask_layers, maskable_convs, summary
 from sparse_stgcn.training.levels import Levels
-from sparse_stgcn.training.loop import Trainer
 from sparse_stgcn.training.multilevel_run import MultiLevelRun, has_patterns
+from sparse_stgcn.training.run import prepare
 
 GROWING = {"schedule": "growing", "levels": (0.5, 0.8, 0.9), "growth": 0.5}  # epochs 0-3 train 0.9, 4 and 5 0.8, 6 and 7 0.5
 
@@ -75,10 +77,8 @@ def test_new_blocks_hold_nothing_beyond_a_ragged_edge() -> None:
 
 
 def test_the_sparsest_level_is_what_it_is_alone(grown: MultiLevelRun, tmp_path: Path) -> None:
-    alone = start(tmp_path, "alone", **GROWING)
-    # An ordinary trainer of the same network: nothing is told of the wider levels.
-    config = TrainConfig(**{key: value for key, value in vars(alone.config).items() if key in vars(TrainConfig())})
-    plain = Trainer(config, alone.trainer.model, alone.trainer.train_set, alone.trainer.test_set)
+    given = {key: value for key, value in vars(grown.config).items() if key in vars(TrainConfig())}
+    plain = prepare(TrainConfig(**{**given, "sparsity": 0.9, "work_dir": str(tmp_path / "alone")})).trainer
     history = plain.fit()
     sparsest = grown.trainer.levels.members[-1]
     for key, value in plain.model.state_dict().items():
@@ -163,14 +163,59 @@ def test_a_run_leaves_an_ensemble_and_ordinary_levels(tmp_path: Path, capsys: py
     description = checkpoint.read_metadata(out / "ensemble.safetensors")
     assert [member.get("values_of") for member in description["members"]] == [None, 0, 0]
     assert result["weights"]["maskable_kept"] == summary(together.members[0]).kept
-    for index, (name, epochs) in enumerate({"0.5": [3], "0.8": [2, 3], "0.9": [0, 1, 2, 3]}.items()):
+    for index, (name, epochs) in enumerate({"0.5": [3], "0.8": [2], "0.9": [0, 1]}.items()):
         alone, own = checkpoint.load(out / name / "model.safetensors"), json.loads((out / name / "result.json").read_text())
         with torch.no_grad():
             assert torch.equal(alone(batch()[0][:, :1]), together.members[index](batch()[0][:, :1]))
         assert own["config"]["sparsity"] == float(name)
         tested = {record["epoch"]: record["test_accuracy"] for record in own["history"] if "test_accuracy" in record}
         assert list(tested) == epochs
-        assert tested[3] == result["history"][3]["test_accuracy_levels"][index]
+        assert [record["epoch"] for record in own["history"]] == list(range(epochs[-1] + 1)), "not those of wider levels"
+        assert tested[epochs[-1]] == result["history"][3]["test_accuracy_levels"][index]
+
+
+@pytest.mark.filterwarnings("ignore:.*without a weight")
+def test_a_level_may_grow_around_layers_that_hold_nothing() -> None:
+    narrow = tiny.model()
+    layers = mask_layers(narrow, (4, 1))
+    patterns = masks.draw_levels(layers, (0.5, 0.99), "iid")
+    empty = [name for name, pattern in patterns[0.99].items() if not pattern.num_live]
+    assert empty
+    for key, conv in maskable_convs(narrow).items():
+        conv.attach(patterns[0.99][key])
+    wider = maskable_convs(Levels.around([compact(narrow)], patterns[0.5], scale=0.5).widest)
+    assert all(bool(conv.values.isfinite().all()) for conv in wider.values())
+    assert all(bool(wider[name].values.any()) for name in empty if patterns[0.5][name].num_live)
+
+
+def test_a_level_does_not_begin_again_in_its_own_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = start(tmp_path, "levels", **{**GROWING, "levels": (0.5, 0.9), "epochs": 2, "warmup_epochs": 1})
+    job.fit(), job.finish()
+    level = tmp_path / "levels" / "0.9"
+    before = (level / "model.safetensors").read_bytes()
+    for command in (train.main, multilevel.main):
+        assert run(command, ["--resume", str(level)]) == 2
+        assert "which has result.json and no resume file" in capsys.readouterr().err
+    (tmp_path / "other" / "0.9").mkdir(parents=True)
+    (tmp_path / "other" / "0.9" / "config.yaml").write_text("")
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "ensemble.safetensors").write_bytes(b"")
+    for place, message in (("other", "without runs in the directories of the levels"), ("held", "holds ensemble.safetensors")):
+        with pytest.raises(UserError, match=message):
+            start(tmp_path, place, **{**GROWING, "levels": (0.5, 0.9)})
+    assert (level / "model.safetensors").read_bytes() == before
+
+
+def test_a_full_disk_at_the_end_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = start(tmp_path, "full", **{**GROWING, "levels": (0.5, 0.9), "epochs": 2, "warmup_epochs": 1})
+    job.fit()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Scores, "save", full)
+    with pytest.raises(TrainingError, match="No space left"):
+        job.finish()
 
 
 @pytest.mark.parametrize(("flags", "said"), [

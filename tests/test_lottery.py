@@ -219,6 +219,32 @@ def test_an_interrupted_point_goes_on_and_gives_the_same(dense: Path, tmp_path: 
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_points_that_another_process_adds_meanwhile_are_kept(dense: Path, tmp_path: Path) -> None:
+    one, other = experiment(dense, tmp_path, epochs=1), experiment(dense, tmp_path, epochs=1)
+    one.run(["magnitude"], ["random"], [0.5], [0])
+    other.run(["magnitude"], ["random"], [0.5], [1])
+    assert [point["seed"] for point in json.loads((tmp_path / "lottery.json").read_text())["points"]] == [0, 1]
+
+
+def test_an_interrupted_point_goes_on_with_its_own_data_only(dense: Path, tmp_path: Path) -> None:
+    asked = (["magnitude"], ["random"], [0.5], [1])
+    with pytest.raises(KeyboardInterrupt):
+        experiment(dense, tmp_path, 11, epochs=2).run(*asked)
+    job = experiment(dense, tmp_path, epochs=2)
+    job.archive = replace(job.archive, label=job.archive.label[::-1].copy())
+    with pytest.raises(UserError, match="Expected --data to be what the run .* other labels"):
+        job.run(*asked)
+
+
+def test_rounds_whose_points_are_recorded_are_not_trained_again(dense: Path, tmp_path: Path, monkeypatch) -> None:
+    experiment(dense, tmp_path, epochs=1).run(["iterative"], ["random"], [0.9], [1])
+    job, trained = experiment(dense, tmp_path, epochs=1), []
+    make = job._trainer
+    monkeypatch.setattr(job, "_trainer", lambda config, *rest: trained.append(config.sparsity) or make(config, *rest))
+    job.run(["iterative"], ["random"], [0.3, 0.9], [1])
+    assert trained == [0.3]
+
+
 def iterative(dense: Path, out: Path, after: int | None = None) -> Lottery:
     """Two epochs of 8 steps, the second of which is gone back to, with a state after every step."""
     job = experiment(dense, out, after, recipe=Recipe(rewind_epoch=1), epochs=2)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -65,7 +66,8 @@ class Levels(Ensemble):
         """Compact levels, the widest first, and a wider one in front of them.
 
         It has the values of ``inner[0]`` at the places of its blocks. The others are normal, from torch's random state, and
-        have ``scale`` times the root mean square of those in their layer; with 0 it computes what ``inner[0]`` does.
+        have ``scale`` times the root mean square of those in their layer, or of fresh weights if it has none; with 0 it
+        computes what ``inner[0]`` does.
 
         Args:
             patterns: name of convolution -> pattern of the new level.
@@ -76,7 +78,10 @@ class Levels(Ensemble):
             held = conv.values.detach()
             drawn = torch.randn(pattern.num_blocks, *held.shape[1:])  # on the CPU: equal on every device
             drawn *= patterns[name].gather(torch.ones(pattern.shape))  # nothing beyond a ragged edge
-            values = scale * held.square().mean().sqrt() * drawn.to(held)
+            # Over the weights that exist; a layer that holds nothing yet begins as wide as ``SparseConv2d`` does.
+            live = conv.pattern.num_live
+            square = float(held.square().sum()) / live if live else 1 / (3 * math.prod(pattern.shape[1:]))
+            values = scale * square ** 0.5 * drawn.to(held)
             values[conv.pattern.within(pattern)] = held
             conv.values, conv.pattern = nn.Parameter(values), pattern
         return cls([member, *inner], own_classifier)

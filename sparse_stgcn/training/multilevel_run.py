@@ -16,14 +16,14 @@ from ..ensemble import describe
 from ..errors import UserError, validating
 from ..kernels import BlockPattern
 from ..recognizer import Recognizer
-from ..scores import predict_all
+from ..scores import Scores, predict_all
 from ..sparsity import mask_layers, maskable_convs, summary
 from ..work_dir import Lock, occupy
 from . import events, run, same_data
 from .checkpoint import load_network
 from .distributed import World, launched
 from .growing import GrowingTrainer
-from .kept import KeptStates
+from .kept import KeptStates, writing
 from .levels import Levels
 from .multilevel import LevelsTrainer, MultiLevelTrainer
 from .report import Report
@@ -69,15 +69,24 @@ class MultiLevelRun:
         if levels is None:
             raise ValueError("Expected a run whose levels have been trained. Got one in its warm-up; call fit.")
         own = [level_config(config, level, self.work_dir) for level in config.sorted_levels]
-        first = config.sorted_levels.index(config.sparsity)
         dataset = run.test_set(config, self.archive)
         scores = predict_all(list(levels.members), dataset, dataset.sample_ids, trainer.batch_size, trainer.workers,
                              [run.protocol(c, self.archive) for c in own])
         seconds = {**run.times(trainer.history), "test": time.perf_counter() - start}
+        with writing(trainer.states or KeptStates(self.work_dir)):
+            result = self._write(levels, own, scores, seconds)
+        if self.lock is not None:
+            self.lock.release()
+        return result
+
+    def _write(self, levels: Levels, own: Sequence[TrainConfig], scores: Sequence[Scores],
+               seconds: Mapping[str, float]) -> dict[str, Any]:
+        config = self.config
+        first = config.sorted_levels.index(config.sparsity)
         for index, (level, network, of_level) in enumerate(zip(own, levels.members, scores, strict=True)):
             folder = Path(str(level.work_dir))
             folder.mkdir(exist_ok=True)
-            history = level_history(trainer.history, index, len(own), first)
+            history = level_history(self.trainer.history, index, config.sorted_levels, first)
             run.write_results(folder, level, self.archive, network, of_level, history, seconds)
             level.write(folder / "config.yaml")
         names = [f"{level:g}" for level in config.sorted_levels]
@@ -91,10 +100,8 @@ class MultiLevelRun:
                               "all_kept_fraction": stored / kept.parameters}
         result |= {"file": {"bytes": size, "dense_bytes": dense, "times_smaller": dense / size}, "seconds": seconds,
                    "environment": run.environment(torch.device(config.device or "cpu")), "config": config.to_dict(),
-                   "history": trainer.history}
+                   "history": self.trainer.history}
         run.write_json(self.work_dir / "result.json", result)
-        if self.lock is not None:
-            self.lock.release()
         return result
 
 
@@ -120,6 +127,8 @@ def prepare(config: MultiLevelConfig, report: Report | None = None) -> MultiLeve
     state, rejected = (None, []) if config.resume is None else KeptStates(Path(config.resume)).newest(network)
     if state is not None:
         same_data.check(state, archive, full.data)
+    elif config.resume is not None:
+        run.check_unfinished(config.resume)
     with validating():
         if full.init is not None and state is None:
             run.start_from(network, full.init)
@@ -133,6 +142,10 @@ def prepare(config: MultiLevelConfig, report: Report | None = None) -> MultiLeve
                 conv.attach(patterns[full.sparsity][name])
     work_dir = Path(full.work_dir) if full.work_dir else run.new_work_dir(full, archive, "levels")
     if config.resume is None:
+        for level in full.levels:
+            if (work_dir / f"{level:g}" / "config.yaml").exists():
+                raise UserError("Expected --work-dir without runs in the directories of the levels. Got "
+                                f"{work_dir / f'{level:g}'}, which holds one; choose another.")
         run.create_work_dir(work_dir)
         lock = occupy(work_dir, "--work-dir")
         full.work_dir = str(work_dir)
@@ -185,14 +198,17 @@ def level_config(config: MultiLevelConfig, level: float, work_dir: Path) -> Trai
     return TrainConfig(**{**shared, **own})
 
 
-def level_history(history: Sequence[Mapping[str, Any]], index: int, count: int, first: int) -> list[dict[str, Any]]:
-    """The history of one of ``count`` levels, the widest of which is 0: its own test accuracies.
+def level_history(history: Sequence[Mapping[str, Any]], index: int, levels: Sequence[float],
+                  first: int) -> list[dict[str, Any]]:
+    """The history of one of ``levels``, the widest of which is 0: its own test accuracies, and no epochs of wider levels alone.
 
     Args:
         first: the level that was trained alone, before there were several.
     """
-    own = []
+    own, count = [], len(levels)
     for record in history:
+        if record.get("level", levels[index]) < levels[index]:
+            continue  # a wider one grew around it, and left it as it was
         entry = {key: value for key, value in record.items() if key not in ("test_accuracy", "test_accuracy_levels")}
         if "test_accuracy" in record:
             together = record.get("test_accuracy_levels")

@@ -165,6 +165,8 @@ def prepare(config: TrainConfig, report: Report | None = None) -> Run:
     model = network(full, archive)
     # A run that stopped before it saved anything has no state: its continuation is the run from the start.
     state, rejected = (None, []) if config.resume is None else KeptStates(Path(config.resume)).newest(model)
+    if state is None and config.resume is not None:
+        check_unfinished(config.resume)
     with validating():
         if state is not None:
             load_model(state, model)
@@ -357,8 +359,23 @@ def create_work_dir(path: Path) -> None:
     if (path / "config.yaml").exists():
         raise UserError(f"Expected --work-dir to be a new or empty directory. Got {path}, which holds a run; "
                         f"choose another, or continue it with --resume {path}.")
+    if held := results_in(path):
+        raise UserError(f"Expected --work-dir to be a new or empty directory. Got {path}, which holds {held}; choose another.")
     with validating("--work-dir"):
         path.mkdir(parents=True, exist_ok=True)
+
+
+def results_in(path: Path) -> str | None:
+    """The first of the files that a finished run leaves, a new one would replace."""
+    names = ("result.json", "model.safetensors", "ensemble.safetensors")
+    return next((name for name in names if (path / name).exists()), None)
+
+
+def check_unfinished(path: str | Path) -> None:
+    """Raise a UserError if a run without a state has results: it cannot go on, and beginning again would replace them."""
+    if held := results_in(Path(path)):
+        raise UserError(f"Expected --resume of a run that can go on. Got {path}, which has {held} and no resume file; a level "
+                        "of sparse_stgcn.multilevel goes on with the directory above it, another training in a new --work-dir.")
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from ..data.archive import Archive
 from ..errors import UserError, validating
 from ..scores import accuracy, predict
 from ..sparsity import compact, densify, mask_layers, maskable_convs, summary
-from . import run
+from ..work_dir import occupy
+from . import run, same_data
 from .checkpoint import load_model
 from .kept import KeptStates
 from .loop import Trainer
@@ -129,6 +130,10 @@ class Lottery:
             self.result["pretrained"]["test"] = self._test(self._initial("pretrained", self.base.seed))
         # What the experiment is stands on the disk before any state does: no other one goes on with the states of this one.
         self.folder.mkdir(parents=True, exist_ok=True)
+        lock = occupy(self.folder, "--out")
+        if (self.folder / RESULT).exists():  # what another process has found meanwhile
+            with validating():
+                self.result["points"] = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))["points"]
         self._write()
         for seed, method, init in itertools.product(seeds, methods, inits):
             missing = [s for s in sorted(set(sparsities)) if self.point(method, init, s, seed) is None]
@@ -137,6 +142,8 @@ class Lottery:
             elif method != "iterative":
                 for sparsity in missing:
                     self._single(method, init, sparsity, seed)
+        if lock is not None:
+            lock.release()
         return self.points
 
     def _single(self, method: str, init: str, sparsity: float, seed: int) -> None:
@@ -174,7 +181,10 @@ class Lottery:
                 checkpoint.save(trainer.model, rewind)
             trainer.fit()
             checkpoint.save(trainer.model, trained)
+        last = max(s for s in sparsities if self.point("iterative", init, s, seed) is None)
         for number, sparsity in enumerate(rounds(sparsities, self.recipe.rate), start=1):
+            if sparsity > last:
+                break
             folder, previous = folder / f"{sparsity:g}", trained
             trained = folder / "model.safetensors"
             asked = sparsity in sparsities and self.point("iterative", init, sparsity, seed) is None
@@ -220,6 +230,7 @@ class Lottery:
         model = build()
         state, rejected = KeptStates(folder).newest(model)
         if state is not None:
+            same_data.check(state, self.archive, self.base.data)
             with validating():
                 model = model if isinstance(model, ScoredNetwork) else self._initial("random", config.seed)
                 load_model(state, model)
