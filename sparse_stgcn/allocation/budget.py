@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import UserError
 
@@ -31,7 +31,7 @@ class Budget:
     kind: str
     value: float
     text: str
-    option: str = "--budget"
+    option: str = field(default="--budget", repr=False)
 
     @classmethod
     def parse(cls, text: str) -> Budget:
