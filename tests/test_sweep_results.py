@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,14 @@ def test_scores_of_another_test_are_not_combined(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"recorded run, top-1 0.7500. Got top-1 0.2500; python -m sparse_stgcn.evaluate"):
         collect.collect(made, tmp_path / "runs", kept=tmp_path / "kept")
     assert not (tmp_path / "kept" / "0.8.npz").exists()
+    file = tmp_path / "runs" / "0.8" / "result.json"
+    result = json.loads(file.read_text())
+    result["test"]["protocol"] = {"clips": 10, "data": "some"}
+    file.write_text(json.dumps(result))
+    for clips in (1, 10):  # the same test again, on another machine say
+        replace(scores(1), protocol={"clips": clips, "data": "moved"}).save(tmp_path / "runs" / "0.8" / "scores.npz")
+        with pytest.raises(UserError, match="recorded run") if clips == 1 else nullcontext():
+            assert len(collect.collect(made, tmp_path / "runs")) == 3
 
 
 def test_a_combination_made_elsewhere_is_kept_while_it_is_that_of_the_grid(tmp_path: Path) -> None:

@@ -84,13 +84,14 @@ def _current(entry: Entry) -> Entry:
 
 
 def _own_scores(path: Path, entry: Entry, remedy: str) -> Scores:
-    """The scores of a run's own test, which another test may have overwritten."""
+    """The scores of a run's own test, which another test may have overwritten; the same test elsewhere may round otherwise."""
     try:
         scores = Scores.load(path)
     except ValueError as error:
         raise UserError(str(error)) from error
-    top1 = scores.metrics()["top1"]
-    if abs(top1 - entry["test"]["top1"]) > 1e-9:
+    top1, protocol = scores.metrics()["top1"], entry["test"].get("protocol")
+    again = protocol is not None and {**protocol, "data": ""} == {**scores.protocol, "data": ""}
+    if abs(top1 - entry["test"]["top1"]) > 1e-9 and not again:
         raise UserError(f"Expected {path} to hold the scores of the recorded run, top-1 {entry['test']['top1']:.4f}. "
                         f"Got top-1 {top1:.4f}; {remedy}.")
     return scores
