@@ -123,6 +123,14 @@ def test_other_architectures_are_refused_and_nothing_changes(
     assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
 
 
+def test_the_keys_of_a_network_that_is_none_of_the_four() -> None:
+    """ST-GCN++ has ST-GCN's graph convolutions, and branches in time."""
+    target = network("stgcn", adaptive="init")
+    state = {key.replace(".tcn.conv.", ".tcn.branches.0."): value for key, value in to_pyskl(target)["state_dict"].items()}
+    with pytest.raises(ValueError, match="it is of another network"):
+        from_pyskl(target, state)
+
+
 class Hostile:
     def __reduce__(self) -> tuple:
         return (Path.touch, (Path("hostile"),))

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from sparse_stgcn.errors import Stopped, TrainingError, UserError, run
 from sparse_stgcn.multilevel import MultiLevelConfig
 from sparse_stgcn.training import multilevel_run
 from sparse_stgcn.training.kept import writing
-from sparse_stgcn.training.run import Run, prepare, resolve
+from sparse_stgcn.training.run import Run, new_work_dir, prepare, resolve
 from sparse_stgcn.training.tickets import Lottery, Recipe
 from sparse_stgcn.work_dir import TRAIN, is_taken, occupy, take
 
@@ -143,3 +144,9 @@ def test_a_score_file_says_both_parts_of_the_split(tmp_path: Path) -> None:
     job.fit()
     assert job.finish()["test"]["protocol"]["split"] == "train/test"
     assert json.loads((job.work_dir / "result.json").read_text())["test"]["protocol"]["split"] == "train/test"
+
+
+def test_the_name_of_a_data_set_is_no_path() -> None:
+    """It comes from a file, perhaps of a stranger."""
+    data = replace(tiny.archive(), name="x/../../../elsewhere")
+    assert new_work_dir(parse([]), data).parent == Path("runs")

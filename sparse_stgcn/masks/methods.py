@@ -45,8 +45,8 @@ def random(plan: Plan) -> list[np.ndarray]:
 def _read_every_coordinate(layer: Layer, keys: np.ndarray) -> None:
     """Let every input of a layer that reads the joints be the first choice of some row; ``keys`` (G, H K), smallest first.
 
-    Of H columns that G rows choose from, H (1 - 1 / H)^G are nobody's first choice: with 8 rows and x, y and z one mask in
-    nine reads no z at all where rows keep one block. A hidden channel is one of many, a coordinate is not. What rows choose
+    Of H columns that G rows choose from, H (1 - 1 / H)^G are nobody's first choice: with 8 rows one mask in nine lacks x, y or
+    z where rows keep one block. A hidden channel is one of many, a coordinate is not. What rows choose
     first is in every mask of the seed, so that fewer blocks stay a subset of more.
     """
     rows, cols, taps = layer.grid
